@@ -1,0 +1,169 @@
+"""Layer plans: what each layer does at a decode step (DELTA, arXiv 2510.09883, section 3).
+
+A plan has one role for each layer that joins it, in the model's order. In ordinary models these are all the layers;
+in hybrids (Gemma-3, gpt-oss) the layers with a sliding window stay as they are and do not count.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deltakv.errors import PlanError
+
+
+class Role(enum.Enum):
+    """What a layer does at a decode step; the value is its letter in a plan string."""
+
+    FULL = "F"  #: attends to the whole cache
+    SELECT = "S"  #: attends to the whole cache and picks pages (the paper's Δ-layer)
+    REUSE = "R"  #: attends to the last pick alone
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One role a layer.
+
+    roles: a tuple of `Role`, at least one. A REUSE needs a SELECT somewhere before it.
+    Raises `PlanError` if that does not hold.
+    """
+
+    roles: tuple[Role, ...]
+
+    def __post_init__(self) -> None:
+        if not self.roles:
+            raise PlanError("a plan needs at least one layer; give one letter a layer, such as 'FFSRRR'")
+        seen_select = False
+        for index, role in enumerate(self.roles):
+            seen_select |= role is Role.SELECT
+            if role is Role.REUSE and not seen_select:
+                raise PlanError(
+                    f"layer {index} is REUSE, but no layer before it is SELECT, so there is no pick to reuse; "
+                    f"make layer {index} 'F' or 'S', or put an 'S' before it (plan: {self})"
+                )
+
+    @classmethod
+    def from_string(cls, letters: str) -> LayerPlan:
+        """`"FFSRRR"` to a plan. Raises `PlanError` for letters other than F, S and R."""
+        wrong = sorted(set(letters) - {role.value for role in Role})
+        if wrong:
+            raise PlanError(f"plan {letters!r} has the letters {wrong}; allowed are F (full), S (select), R (reuse)")
+        return cls(tuple(Role(letter) for letter in letters))
+
+    @classmethod
+    def from_layers(cls, depth: int, *, full: Iterable[int] = (), select: Iterable[int]) -> LayerPlan:
+        """The plan of `depth` layers in which `full` and `select` name the layers (from 0), and all others REUSE."""
+        full, select = set(full), set(select)
+        if both := full & select:
+            raise PlanError(f"layers {sorted(both)} are named as full and as select; name each once")
+        if outside := {i for i in full | select if not 0 <= i < depth}:
+            raise PlanError(
+                f"the plan names layers {sorted(outside)}, but the model has {depth} layers to plan (0 to {depth - 1})"
+            )
+        return cls(
+            tuple(
+                Role.FULL if i in full else Role.SELECT if i in select else Role.REUSE for i in range(depth)
+            )
+        )
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> LayerPlan:
+        """Reads a plan file: JSON with `plan` (letters), or with `depth`, `full` and `select` (lists of layers)."""
+        path = Path(path)
+        try:
+            data: Any = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise PlanError(f"plan file {path} does not exist") from None
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise PlanError(f"plan file {path} is not JSON: {error}") from None
+        try:
+            if isinstance(data, dict) and isinstance(data.get("plan"), str):
+                return cls.from_string(data["plan"])
+            if isinstance(data, dict) and isinstance(data.get("depth"), int):
+                return cls.from_layers(data["depth"], full=data.get("full", []), select=data["select"])
+        except (KeyError, TypeError):
+            pass
+        raise PlanError(
+            f"plan file {path} must hold {{\"plan\": \"FFSR...\"}} or "
+            '{"depth": 28, "full": [0, 1], "select": [2, 14, 22]}'
+        )
+
+    def save(self, path: str | os.PathLike[str], **notes: Any) -> None:
+        """Writes the plan as JSON; `notes` (model, data, versions) are kept beside it."""
+        Path(path).write_text(json.dumps({"plan": str(self), **notes}, indent=2) + "\n", encoding="utf-8")
+
+    def __str__(self) -> str:
+        return "".join(role.value for role in self.roles)
+
+    def __len__(self) -> int:
+        return len(self.roles)
+
+    def layers(self, role: Role) -> list[int]:
+        """The layers of that role, in order."""
+        return [i for i, r in enumerate(self.roles) if r is role]
+
+    @property
+    def reads_in_full(self) -> int:
+        """How many layers read the whole cache at each step."""
+        return len(self.roles) - len(self.layers(Role.REUSE))
+
+
+def all_full(depth: int) -> LayerPlan:
+    """Every layer FULL: the plan of full attention."""
+    return LayerPlan((Role.FULL,) * depth)
+
+
+def paper(depth: int) -> LayerPlan:
+    """The paper's settings for 28-layer Qwen models (0, 1 FULL; 2, 14, 22 SELECT), scaled to `depth` layers.
+
+    The two first layers stay FULL and the third SELECTs; the later Δ-layers keep their relative place. Models of
+    fewer than 4 layers have nothing to reuse from and stay FULL.
+    """
+    if depth < 4:
+        return all_full(depth)
+    return LayerPlan.from_layers(
+        depth, full=(0, 1), select={2, max(2, round(depth * 14 / 28)), max(2, round(depth * 22 / 28))}
+    )
+
+
+#: Presets by name: each makes a plan for a depth. `docs/design.md` says where each comes from.
+PRESETS = {"paper": paper, "full": all_full}
+
+#: What `plan=None` means.
+DEFAULT_PRESET = "paper"
+
+PlanSpec = LayerPlan | str | os.PathLike[str] | None
+
+
+def resolve(spec: PlanSpec, depth: int) -> LayerPlan:
+    """Turns what a user gives as `plan` into a plan for `depth` layers.
+
+    `None` is the default by depth; a string is a preset's name, then letters, then a file's path.
+    Raises `PlanError` if it is none of these, or a plan for another depth.
+    """
+    if spec is None:
+        spec = DEFAULT_PRESET
+    if isinstance(spec, str) and spec in PRESETS:
+        return PRESETS[spec](depth)
+    if isinstance(spec, LayerPlan):
+        plan = spec
+    elif isinstance(spec, str) and spec and set(spec) <= {role.value for role in Role}:
+        plan = LayerPlan.from_string(spec)
+    elif isinstance(spec, os.PathLike) or os.path.exists(spec) or spec.endswith(".json"):
+        plan = LayerPlan.load(spec)
+    else:
+        raise PlanError(
+            f"plan {spec!r} is not a preset ({', '.join(sorted(PRESETS))}), not one letter a layer (F, S, R) "
+            "and not a file"
+        )
+    if len(plan) != depth:
+        raise PlanError(
+            f"the plan {plan} is for {len(plan)} layers, but the model has {depth} layers to plan "
+            "(layers with a sliding window do not count); give one letter for each"
+        )
+    return plan
