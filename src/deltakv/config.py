@@ -5,7 +5,7 @@ Budgets are given in tokens and count whole pages.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import ClassVar
 
 from deltakv.errors import ConfigError
@@ -110,6 +110,3 @@ class Delta(Method):
         return self._pages("sinks", least=0)
 
 
-def option_types(method: type[Method]) -> dict[str, str]:
-    """The options that a method takes, by name, with their types as written; for messages and parsing."""
-    return {field.name: str(field.type) for field in fields(method)}

@@ -1,0 +1,6 @@
+"""`python -m deltakv`: the command line."""
+
+from deltakv.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""Where and how a number was measured: stands at the head of every JSON."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from deltakv.version import __version__
+
+
+def provenance(model: Any = None) -> dict[str, Any]:
+    """Machine, versions, command, commit and time; with a model, its dtype and device too."""
+    import torch
+
+    facts: dict[str, Any] = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "commit": _commit(),
+        "machine": _machine(),
+        "versions": {
+            "deltakv": __version__,
+            "python": platform.python_version(),
+            **{name: _version(name) for name in ("torch", "transformers")},
+        },
+        "threads": torch.get_num_threads(),
+    }
+    if model is not None:
+        facts["dtype"] = str(model.dtype).removeprefix("torch.")
+        facts["device"] = str(model.device)
+    return facts
+
+
+def _machine() -> dict[str, Any]:
+    import torch
+
+    facts: dict[str, Any] = {
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "load_average": round(os.getloadavg()[0], 2),
+    }
+    if torch.cuda.is_available():
+        facts["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return facts
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or "unknown"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The checkout's commit, with `+changes` if files differ from it; None outside a checkout of this project."""
+    here = Path(__file__).resolve().parent
+    try:
+        run = lambda *args: subprocess.run(  # noqa: E731
+            ["git", "-C", str(here), *args], capture_output=True, text=True, check=True, timeout=10
+        ).stdout
+        # An installed copy may lie inside some other project's checkout (its virtual environment): not our commit.
+        if not run("ls-files", Path(__file__).name):
+            return None
+        return run("rev-parse", "HEAD").strip() + ("+changes" if run("status", "--porcelain", "--", "src") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None

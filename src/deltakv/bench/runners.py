@@ -1,0 +1,154 @@
+"""What decodes: a method of this project on a paged cache, or stock transformers as a baseline.
+
+A runner holds a cache that a text has been prefilled into, can decode from it, and can rewind to where it was, so
+that several runners take turns in one process.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from torch import Tensor
+
+import deltakv
+from deltakv.config import Method
+from deltakv.errors import UnsupportedUseError
+
+#: Stock transformers: `generate` as it comes (a cache that concatenates), and sdpa with a static cache.
+BASELINES = ("stock", "stock-static")
+#: Tokens of a prefill a forward, so that a long one shows progress and needs little memory.
+PREFILL_CHUNK = 2048
+
+
+class Runner(Protocol):
+    """name: as the user wrote the method. cache: prefilled, to be passed as `past_key_values`."""
+
+    name: str
+    cache: Any
+
+    def open(self) -> Any:
+        """A context in which the model decodes this way; gives the handle, or None for stock."""
+        ...
+
+    def rewind(self, steps: int) -> None:
+        """Drops the last `steps` tokens."""
+        ...
+
+    def kv_bytes(self) -> int:
+        """Bytes that K and V take."""
+        ...
+
+
+class MethodRunner:
+    """A method on a `PagedCache`, which may be shared with other methods of the same page size."""
+
+    def __init__(self, name: str, model: Any, method: Method, cache: Any) -> None:
+        self.name, self.model, self.method, self.cache = name, model, method, cache
+
+    @contextmanager
+    def open(self) -> Iterator[Any]:
+        with deltakv.apply(self.model, self.method) as handle:
+            yield handle
+
+    def rewind(self, steps: int) -> None:
+        self.cache.crop(-steps)
+
+    def kv_bytes(self) -> int:
+        return self.cache.kv_bytes
+
+
+class StockRunner:
+    """Stock attention on a `DynamicCache`, which concatenates at each step."""
+
+    def __init__(self, name: str, cache: Any) -> None:
+        self.name, self.cache = name, cache
+        # An update makes new tensors and leaves the old ones alone, so shallow copies are a full snapshot.
+        self._start = [copy.copy(layer) for layer in cache.layers]
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        yield None
+
+    def rewind(self, steps: int) -> None:
+        self.cache.layers = [copy.copy(layer) for layer in self._start]
+
+    def kv_bytes(self) -> int:
+        return _layer_bytes(self.cache)
+
+
+class StaticRunner:
+    """Stock sdpa on a `StaticCache`, written in place."""
+
+    def __init__(self, name: str, cache: Any) -> None:
+        self.name, self.cache = name, cache
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        yield None
+
+    def rewind(self, steps: int) -> None:
+        for layer in self.cache.layers:
+            layer.cumulative_length.sub_(steps)
+
+    def kv_bytes(self) -> int:
+        return _layer_bytes(self.cache)
+
+
+def prefill(model: Any, cache: Any, ids: Tensor, advance: Callable[[int], None] = lambda tokens: None) -> None:
+    """Runs `ids` [1, tokens] into `cache`, chunk by chunk, and readies it to be rewound.
+
+    advance: hears of the tokens done.
+    """
+    for chunk in ids.split(PREFILL_CHUNK, dim=1):
+        model(chunk.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        advance(chunk.shape[1])
+    # Layers with a sliding window drop what they have passed, unless told that a crop may follow.
+    cache.activate_past_recording()
+
+
+def repeat_rows(cache: Any, batch: int) -> None:
+    """Makes `batch` rows of a cache's one row, each with K and V of its own, in place."""
+    if batch > 1:
+        cache.batch_repeat_interleave(batch)
+        if hasattr(cache, "unshare"):
+            cache.unshare()
+
+
+def dynamic_cache(config: Any, paged: Any) -> Any:
+    """A `DynamicCache` with the one row of a `PagedCache`, copied."""
+    from transformers import DynamicCache
+
+    dynamic = DynamicCache(config=config)
+    for index, window in enumerate(paged.windows):
+        if window is None:
+            k, v = paged.kv.gather(index, 0, paged.get_seq_length())
+            dynamic.update(*(x.transpose(0, 1)[None].contiguous() for x in (k, v)), index)
+        else:
+            dynamic.layers[index] = copy.copy(paged.layers[index])
+    return dynamic
+
+
+def static_cache(config: Any, dynamic: Any, batch: int, max_length: int) -> Any:
+    """A `StaticCache` of `batch` rows, each with the one row of a `DynamicCache`, which loses it layer by layer.
+
+    Raises `UnsupportedUseError` for models with sliding-window layers, whose static layers cannot be rewound.
+    """
+    from transformers import StaticCache
+
+    static = StaticCache(config=config, max_cache_len=max_length)
+    if any(layer.is_sliding for layer in static.layers):
+        raise UnsupportedUseError(
+            "the baseline 'stock-static' needs a model without sliding-window layers; use 'stock' or 'full'"
+        )
+    for index, layer in enumerate(dynamic.layers):
+        static.update(layer.keys.expand(batch, -1, -1, -1), layer.values.expand(batch, -1, -1, -1), index)
+        layer.keys = layer.values = None
+    return static
+
+
+def _layer_bytes(cache: Any) -> int:
+    tensors = [t for layer in cache.layers for t in (layer.keys, layer.values) if t is not None]
+    return sum(t.numel() * t.element_size() for t in tensors)

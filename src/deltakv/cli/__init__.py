@@ -1,0 +1,5 @@
+"""The command line. `deltakv.cli:main` is the entry point."""
+
+from deltakv.cli.main import main
+
+__all__ = ["main"]

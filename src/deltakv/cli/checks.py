@@ -1,0 +1,27 @@
+"""Checks that need the model's config alone, made before its weights are loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from deltakv.config import Method
+
+
+def check_methods(
+    model: str, methods: Sequence[Method | str], check: Callable[[Any], None] = lambda config: None
+) -> Any:
+    """Refuses what does not fit the model: its kind, a plan for another depth, and what `check` finds in its config.
+
+    Gives back the text model's config. Raises `DeltaKVError` subclasses.
+    """
+    from deltakv import loading
+    from deltakv.integrations.hf.support import model_shape
+
+    config = loading.load_config(loading.locate(model)).get_text_config()
+    shape = model_shape(config)
+    for method in methods:
+        if isinstance(method, Method):
+            method.layer_plan(len(shape.planned_layers))
+    check(config)
+    return config

@@ -1,0 +1,125 @@
+"""Options that several commands share, and what they turn into."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from deltakv.errors import ConfigError, InputError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from deltakv.config import Method
+
+Model = Annotated[
+    str, typer.Option("--model", "-m", help="A folder, a Hub name (owner/name), a GGUF file, or smollm2.")
+]
+METHOD_HELP = "A method with options, such as full or delta:budget=512,recent=64,sinks=16,plan=FFSRRR."
+OneMethod = Annotated[str, typer.Option("--method", help=METHOD_HELP)]
+TextFile = Annotated[
+    Path | None, typer.Option("--text", help="A text file (default: Python's own language reference, built in).")
+]
+Json = Annotated[Path | None, typer.Option("--json", help="Write the results to this JSON file too.")]
+Dtype = Annotated[str, typer.Option(help="auto (fp32 on CPU), float32, bfloat16 or float16.")]
+Device = Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads (default: torch's choice).")]
+
+DEFAULT_MODEL = "smollm2"
+DEFAULT_METHOD = "delta"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model, its tokenizer, and where they came from."""
+
+    name: str
+    path: str
+    model: Any
+    tokenizer: Any
+
+
+def parse_methods(texts: Sequence[str], extra: Sequence[str] = ()) -> list[Method | str]:
+    """The methods of `--method`, in order; names in `extra` stay strings.
+
+    Raises `ConfigError`, which names the allowed ones. Cheap: runs before a model is loaded.
+    """
+    from deltakv.methods import REGISTRY, parse
+
+    parsed: list[Method | str] = []
+    for text in texts:
+        name, _, options = text.partition(":")
+        if name in extra:
+            if options:
+                raise ConfigError(f"the baseline {name!r} takes no options, but was given {options!r}")
+            parsed.append(name)
+        elif name not in REGISTRY:
+            raise ConfigError(f"unknown method {name!r}; known are {', '.join([*sorted(REGISTRY), *extra])}")
+        else:
+            parsed.append(parse(text))
+    return parsed
+
+
+def load(model: str, dtype: str, device: str, threads: int | None) -> Loaded:
+    """Loads the model with a line on stderr, for it takes seconds. Raises `DeltaKVError` subclasses."""
+    import torch
+
+    from deltakv import loading
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    torch.set_grad_enabled(False)
+    path = loading.locate(model)
+    with status(f"loading {model}"):
+        tokenizer = loading.load_tokenizer(path)
+        return Loaded(model, path, loading.load_model(path, dtype, device), tokenizer)
+
+
+def check_output(*paths: Path | None) -> None:
+    """Raises `InputError` if a file to be written has no folder, before the work that fills it."""
+    for path in paths:
+        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+            raise InputError(f"cannot write {path}: {'it is a folder' if path.is_dir() else 'its folder does not exist'}")
+
+
+def write_json(path: Path | None, data: dict[str, Any]) -> None:
+    """Writes `data` to `path`, if one is given."""
+    if path is not None:
+        path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def say(message: str) -> None:
+    """A line for the user on stderr: stdout is for results."""
+    print(message, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def status(message: str) -> Iterator[None]:
+    """A spinner on stderr while short work runs; nothing when stderr is no terminal."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield
+        return
+    with console.status(message):
+        yield
+
+
+@contextmanager
+def progress() -> Iterator[Progress]:
+    """A progress display on stderr, gone when the work is done; nothing when stderr is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+        yield bars

@@ -1,0 +1,111 @@
+"""How far a method's next-token distributions are from full attention's: KL, top-1, perplexity, recall.
+
+Teacher-forced over the last positions of a text, in evaluation mode: each position picks for itself, as if decoded one
+at a time. All methods continue the same prefill; the cache is cropped back after each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: Positions a forward: enough to feed the GEMMs, few enough that logits over a large vocabulary stay small.
+CHUNK = 64
+
+Advance = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """Over the evaluated positions, against full attention.
+
+    kl_mean, kl_p99: KL(full || method) in nats. top1: share of positions with the same most likely token.
+    perplexity: of the text under the method. attended_tokens: summed over layers, mean over positions (None for
+    engines that do not count). recall_by_layer: mean over heads and positions of full attention's mass inside the
+    pick, by layer index, REUSE layers only.
+    """
+
+    positions: int
+    kl_mean: float
+    kl_p99: float
+    top1: float
+    perplexity: float
+    attended_tokens: float | None = None
+    recall_by_layer: dict[int, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Full attention's log-probabilities, fp32 [positions, vocabulary], on the CPU."""
+
+    log_probs: Tensor
+
+
+def reference(model: Any, cache: Any, ids: Tensor, handle: Any, advance: Advance = lambda tokens: None) -> Reference:
+    """Full attention over `ids` [1, positions] after what `cache` holds; the cache is left as it was found.
+
+    handle: of `deltakv.Full` on this model.
+    """
+    with handle.positions():
+        rows = [logits.log_softmax(-1) for logits in _logits(model, cache, ids, advance)]
+    return Reference(torch.cat(rows))
+
+
+def measure(
+    model: Any,
+    cache: Any,
+    ids: Tensor,
+    targets: Tensor,
+    against: Reference,
+    handle: Any = None,
+    advance: Advance = lambda tokens: None,
+) -> Fidelity:
+    """A method over `ids` [1, positions] after what `cache` holds; the cache is left as it was found.
+
+    targets: int64 [positions], the tokens that follow each position.
+    handle: of the method on this model; None for a model without one (stock attention), whose forward of several
+    tokens is decoding already.
+    """
+    context: AbstractContextManager[Any] = nullcontext()
+    if handle is not None:
+        handle.stats.reset()
+        context = handle.positions(recall=True)
+    divergence, agree, surprise = [], [], []
+    start = 0
+    with context as trace:
+        for logits in _logits(model, cache, ids, advance):
+            stop = start + logits.shape[0]
+            full, ours = against.log_probs[start:stop].double(), logits.double().log_softmax(-1)
+            divergence.append((full.exp() * (full - ours)).sum(-1).clamp_min(0))
+            agree.append(full.argmax(-1) == ours.argmax(-1))
+            surprise.append(-ours.gather(-1, targets[start:stop, None].cpu()).squeeze(-1))
+            start = stop
+    kl = torch.cat(divergence)
+    return Fidelity(
+        positions=start,
+        kl_mean=kl.mean().item(),
+        kl_p99=kl.quantile(0.99).item(),
+        top1=torch.cat(agree).double().mean().item(),
+        perplexity=torch.cat(surprise).mean().exp().item(),
+        attended_tokens=handle.stats.attended_per_row_step if handle is not None else None,
+        recall_by_layer=dict(sorted(trace.recall.items())) if trace is not None else {},
+    )
+
+
+def _logits(model: Any, cache: Any, ids: Tensor, advance: Advance) -> Iterator[Tensor]:
+    """fp32 logits [positions of a chunk, vocabulary] on the CPU, chunk by chunk; then crops the cache back."""
+    done = 0
+    try:
+        for chunk in ids.split(CHUNK, dim=1):
+            out = model(chunk.to(model.device), past_key_values=cache, use_cache=True)
+            done += chunk.shape[1]
+            yield out.logits[0].float().cpu()
+            advance(chunk.shape[1])
+    finally:
+        if done:
+            cache.crop(-done)

@@ -1,0 +1,164 @@
+"""The attention function that stands in for a model's own, layer by layer."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from deltakv.errors import UnsupportedUseError
+from deltakv.integrations.hf.cache import PagedCache, Pick, Step
+from deltakv.integrations.hf.positions import Positions
+from deltakv.methods import Selector, SoftmaxStats
+from deltakv.ops import chunk_attention, decode_attention, decode_attention_stats
+from deltakv.plan import Role
+
+
+class _Inference(torch.autograd.Function):
+    """Passes attention's output on; asking for its gradient is an error, not a silent zero."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, _query: Tensor) -> Tensor:
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise UnsupportedUseError(
+            "attention through a deltakv cache has no gradient; train without the method applied, or with use_cache=False"
+        )
+
+
+class PagedAttention:
+    """Attention of the planned layers through the paged cache; all other calls go to the model's own function.
+
+    roles: the role of each planned layer, by its index in the model.
+    original: the name of the attention implementation that the model had.
+    """
+
+    def __init__(self, roles: dict[int, Role], selector: Selector, original: str) -> None:
+        self.roles = roles
+        self.selector = selector
+        self.original = original
+        self.cache: PagedCache | None = None
+        self.positions: Positions | None = None
+
+    def __call__(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """query [batch, n_heads, width, head_dim]; key, value: just the new ones, as `PagedLayer.update` returns them.
+
+        Returns the output, [batch, width, n_heads, head_dim], and no weights.
+        """
+        layer = int(module.layer_idx)
+        step = None if self.cache is None else self.cache.state.step
+        role = self.roles.get(layer)
+        if step is None or role is None:
+            return self._original(module, query, key, value, attention_mask, scaling, dropout, kwargs)
+        if dropout or kwargs.get("softcap") is not None:
+            raise UnsupportedUseError("attention dropout or soft-capping cannot go through a deltakv cache; use model.eval()")
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        sinks = kwargs.get("s_aux")
+        with torch.no_grad():
+            if step.decode:
+                out = self._decode(step, layer, role, query[:, :, 0], scale, sinks)[:, None]
+            else:
+                out = self._chunk(step, layer, role, query, key, value, scale, sinks)
+        if torch.is_grad_enabled() and query.requires_grad:
+            out = _Inference.apply(out, query)
+        return out, None
+
+    def mask(self, **kwargs: Any) -> Any:
+        """In the place of the mask function: none is needed where the cache knows the padding."""
+        step = None if self.cache is None else self.cache.state.step
+        windowed = kwargs.get("local_size") is not None
+        if step is None or (windowed and any(self.cache.windows)):  # type: ignore[union-attr]
+            return ALL_MASK_ATTENTION_FUNCTIONS[self.original](**kwargs)
+        return None
+
+    def _original(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None,
+        dropout: float,
+        kwargs: dict[str, Any],
+    ) -> tuple[Tensor, Tensor | None]:
+        eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+        function = ALL_ATTENTION_FUNCTIONS.get_interface(self.original, eager)
+        result: tuple[Tensor, Tensor | None] = function(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+        )
+        return result
+
+    def _decode(
+        self, step: Step, layer: int, role: Role, query: Tensor, scale: float, sinks: Tensor | None
+    ) -> Tensor:
+        """One token a row: query and result [batch, n_heads, head_dim]."""
+        assert self.cache is not None
+        k_pool, v_pool = self.cache.kv.pool.layer(layer)
+        if role is Role.REUSE:
+            assert step.pick is not None, "a plan has a SELECT layer before any REUSE layer"
+            table, lens = step.pick.on(query.device)
+            return decode_attention(query, k_pool, v_pool, table, lens, scale, sinks)
+        table, lens = step.on(query.device, "block_table"), step.on(query.device, "seq_lens")
+        if role is Role.FULL:
+            return decode_attention(query, k_pool, v_pool, table, lens, scale, sinks)
+        out, logits, lse = decode_attention_stats(query, k_pool, v_pool, table, lens, scale, sinks)
+        page_size = self.cache.page_size
+        picks = self.selector.pick(SoftmaxStats(logits, lse, lens[:, 0], page_size))
+        missing = -lens[:, 0] % page_size  # empty slots of the last page
+        step.pick = Pick(
+            layer=layer,
+            pages=picks,
+            block_table=table[:, 0].gather(1, picks.pages.long())[:, None],
+            seq_lens=(picks.n_kept * page_size - missing)[:, None],
+        )
+        step.picks.append(step.pick)
+        return out
+
+    @torch.compiler.disable
+    def _chunk(
+        self,
+        step: Step,
+        layer: int,
+        role: Role,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        """Several query tokens a row: full attention in every role, unless evaluation mode looks at each position."""
+        assert self.cache is not None
+        query = query.transpose(1, 2)  # [batch, width, n_heads, head_dim]
+        past, lengths = step.append.past, step.append.lengths
+        out = torch.zeros_like(query, memory_format=torch.contiguous_format)
+        for row in range(len(query)):
+            if lengths[row] == past[row]:
+                continue
+            real = step.real[row]
+            columns = slice(int(real.byte().argmax()), int(real.byte().argmax()) + lengths[row] - past[row])
+            if past[row]:
+                k, v = self.cache.kv.gather(layer, row, lengths[row])
+            else:
+                k, v = key[row, :, columns].transpose(0, 1), value[row, :, columns].transpose(0, 1)
+            if self.positions is not None and past[row]:
+                out[row, columns] = self.positions.attend(row, layer, role, query[row, columns], k, v, scale, sinks)
+            else:
+                out[row, columns] = chunk_attention(query[row, columns], k, v, scale, sinks)
+        return out

@@ -1,0 +1,249 @@
+"""A transformers `Cache` over the paged pool."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindowLayer
+
+from deltakv.cache import Append, PagedKV
+from deltakv.errors import UnsupportedUseError
+from deltakv.integrations.hf.padding import Columns
+from deltakv.methods import Picks
+from deltakv.ops import store_kv
+
+
+@dataclass(frozen=True)
+class Pick:
+    """What a SELECT layer picked at a decode step.
+
+    layer: the layer's index. pages: the logical pages. block_table, seq_lens: the same as a compact table, shaped
+    like those of `Step`; only the last of a row's kept pages, the one of the current token, may be partly filled.
+    """
+
+    layer: int
+    pages: Picks
+    block_table: Tensor
+    seq_lens: Tensor
+
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Table and lengths on a layer's device."""
+        return self.block_table.to(device), self.seq_lens.to(device)
+
+
+@dataclass
+class Step:
+    """One forward through the model: what its layers need to know, laid out before the first of them runs.
+
+    width: query columns. decode: one query token a row onto a cache that is not empty.
+    real: bool [batch, width], which columns are tokens and not padding.
+    slots: int64 [batch * width], where each token is stored, -1 for padding.
+    block_table: int32 [batch, 1, pages]; seq_lens: int32 [batch, 1], the new tokens included.
+    pick: what the last SELECT layer picked; picks: all of this step, in order.
+    """
+
+    width: int
+    decode: bool
+    append: Append
+    columns: Columns
+    real: Tensor
+    slots: Tensor
+    block_table: Tensor
+    seq_lens: Tensor
+    pick: Pick | None = None
+    picks: list[Pick] = field(default_factory=list)
+    _moved: dict[tuple[str, torch.device], Tensor] = field(default_factory=dict)
+
+    def on(self, device: torch.device, name: str) -> Tensor:
+        """The tensor `name` on a layer's device; copied once a step for each device."""
+        tensor: Tensor = getattr(self, name)
+        if tensor.device == device:
+            return tensor
+        key = (name, device)
+        if key not in self._moved:
+            self._moved[key] = tensor.to(device)
+        return self._moved[key]
+
+
+@dataclass
+class State:
+    """What the layers of one cache share. Apart from the cache, so that no reference cycle keeps its memory alive.
+
+    columns: the committed ones, None before the first forward. step: the forward under way.
+    """
+
+    kv: PagedKV
+    columns: Columns | None = None
+    step: Step | None = None
+
+
+class PagedLayer(CacheLayerMixin):
+    """One layer's view of the cache. `update` stores the new K and V and gives back just these: attention reads
+    the pool itself."""
+
+    is_compileable = False
+    is_croppable = True
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self, state: State, index: int) -> None:
+        super().__init__()
+        self._state = state
+        self.index = index
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Stores K and V, [batch, n_kv_heads, width, head_dim], at the step's slots."""
+        step = self._state.step
+        if step is None:
+            raise UnsupportedUseError(
+                "this cache belongs to deltakv, and no method is applied to the model; use it inside "
+                "`with deltakv.apply(model, method)`, or start anew without past_key_values"
+            )
+        k_pool, v_pool = self._state.kv.pool.ensure_layer(self.index, key_states)
+        k = key_states.detach().transpose(1, 2).flatten(0, 1)
+        v = value_states.detach().transpose(1, 2).flatten(0, 1)
+        store_kv(k_pool, v_pool, k, v, step.on(k.device, "slots"))
+        return key_states, value_states
+
+    def get_seq_length(self) -> int:
+        return self._state.columns.seen if self._state.columns is not None else 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class PagedCache(Cache):
+    """The KV cache of a model under a method: rows in a paged pool, stored without padding.
+
+    windows: for each layer its sliding window or None; layers with one keep transformers' own sliding cache.
+    page_size: tokens a page. max_length: the length rows are expected to reach, in tokens, if known.
+    Lengths that transformers asks for (`get_seq_length`, `crop`) count columns, padding included, as it expects.
+    """
+
+    def __init__(self, windows: Sequence[int | None], page_size: int, max_length: int | None = None) -> None:
+        self.state = State(PagedKV(len(windows), page_size))
+        layers = [
+            PagedLayer(self.state, index) if window is None else DynamicSlidingWindowLayer(sliding_window=window)
+            for index, window in enumerate(windows)
+        ]
+        super().__init__(layers=layers)
+        self.windows = tuple(windows)
+        if max_length is not None:
+            self.kv.reserve(max_length)
+
+    @property
+    def kv(self) -> PagedKV:
+        """The rows and their pool."""
+        return self.state.kv
+
+    @property
+    def page_size(self) -> int:
+        return self.kv.page_size
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes that hold tokens: the pool's pages in use, and the K and V of layers with a sliding window."""
+        windowed = sum(
+            tensor.nbytes
+            for layer in self.layers
+            if isinstance(layer, DynamicSlidingWindowLayer) and layer.is_initialized
+            for tensor in (layer.keys, layer.values)
+        )
+        return self.kv.nbytes + windowed
+
+    def begin(self, batch: int, width: int, mask: Tensor | None) -> Step:
+        """Lays out a forward of `width` columns, which counts from `commit` on. Raises `MaskError`.
+
+        A step that was begun and never committed (its forward failed) is forgotten.
+        """
+        columns = self.state.columns if self.state.columns is not None else Columns(batch)
+        if len(columns.real) != batch:
+            raise UnsupportedUseError(
+                f"the cache holds {len(columns.real)} rows, but this forward has {batch}; use a cache of its own"
+            )
+        after, real = columns.extended(mask, width)
+        if columns.seen:  # the mask may have dropped the end of some rows
+            self.state.columns = columns = after.cropped(width)
+            self.kv.truncate(columns.counts())
+        append = self.kv.begin(real.sum(1).tolist())
+        slots = torch.full((batch, width), -1, dtype=torch.long)
+        slots[real] = torch.tensor([slot for row in append.slots for slot in row], dtype=torch.long)
+        self.state.step = Step(
+            width=width,
+            decode=width == 1 and columns.seen > 0,
+            append=append,
+            columns=after,
+            real=real,
+            slots=slots.flatten(),
+            block_table=self.kv.block_table(max(append.lengths)),
+            seq_lens=torch.tensor(append.lengths, dtype=torch.int32)[:, None],
+        )
+        return self.state.step
+
+    def commit(self) -> None:
+        """The forward came through: its tokens count from now on."""
+        step = self.state.step
+        assert step is not None
+        self.kv.commit(step.append)
+        self.state.columns = step.columns
+        self.state.step = None
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drops the last columns: `-n` drops n; a positive number is the length to keep (transformers before 5.2x)."""
+        seen = self.get_seq_length()
+        drop = -tokens_to_remove if tokens_to_remove <= 0 else max(seen - tokens_to_remove, 0)
+        if self.state.columns is not None and drop:
+            self.state.columns = self.state.columns.cropped(drop)
+            self.kv.truncate(self.state.columns.counts())
+        for layer in self._windowed():
+            layer.crop(tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i becomes a copy of row `beam_idx[i]`; pages are shared until written."""
+        self._rearrange(beam_idx.tolist())
+        for layer in self._windowed():
+            layer.reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row `repeats` times, side by side; pages are shared until written."""
+        if self.state.columns is not None:
+            self._rearrange([row for row in range(len(self.state.columns.real)) for _ in range(repeats)])
+        for layer in self._windowed():
+            layer.batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps the rows `indices` (numbers, or a bool for each row)."""
+        chosen = torch.as_tensor(indices)
+        self._rearrange((chosen.nonzero().flatten() if chosen.dtype == torch.bool else chosen).tolist())
+        for layer in self._windowed():
+            layer.batch_select_indices(indices)
+
+    def unshare(self) -> None:
+        """Gives each row pages of its own, copying what rows shared (for benchmarks that must read real bytes)."""
+        self.kv.unshare()
+
+    def reset(self) -> None:
+        """Forgets all rows; the pool's memory is kept."""
+        self.kv.clear()
+        self.state.columns = None
+        self.state.step = None
+        for layer in self._windowed():
+            layer.reset()
+
+    def _rearrange(self, indices: list[int]) -> None:
+        if self.state.columns is not None:
+            self.kv.rearrange(indices)
+            self.state.columns = self.state.columns.rearranged(indices)
+
+    def _windowed(self) -> list[DynamicSlidingWindowLayer]:
+        return [layer for layer in self.layers if isinstance(layer, DynamicSlidingWindowLayer)]

@@ -1,0 +1,97 @@
+"""Evaluation mode: one forward over several tokens in which each position picks for itself.
+
+The K and V of a position depend on its own hidden state alone, so a forward over m teacher-forced tokens in which
+every position attends as it would have if decoded gives what m decode steps give. The positions are the rows that
+a method's selector sees.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from deltakv.methods import Selector, SoftmaxStats
+from deltakv.ops import chunk_attention, chunk_logits
+from deltakv.plan import Role
+
+#: Positions whose logits are held at once: 64 of 32 heads over 32k tokens are 256 MB.
+BLOCK = 64
+
+
+@dataclass
+class Trace:
+    """What evaluation mode saw.
+
+    picks: for each SELECT layer one int tensor a position, its logical pages (all of them for a dense row); filled
+        if `positions(picks=True)`.
+    recall: for each REUSE layer the mass of full attention inside the pick, mean over heads and positions; filled
+        if `positions(recall=True)`. Positions whose row is dense count with all of their mass.
+    """
+
+    picks: dict[int, list[Tensor]] = field(default_factory=dict)
+    recall: dict[int, float] = field(default_factory=dict)
+
+
+class Positions:
+    """Carries out evaluation mode for one `with handle.positions()` block."""
+
+    def __init__(self, selector: Selector, page_size: int, *, picks: bool, recall: bool) -> None:
+        self.trace = Trace()
+        self._selector = selector
+        self._page_size = page_size
+        self._want_picks, self._want_recall = picks, recall
+        self._kept: dict[int, Tensor] = {}
+        self._recall_sum: dict[int, float] = {}
+        self._recall_count: dict[int, int] = {}
+        #: Tokens each position's REUSE layers attend to, by SELECT layer, of the step under way.
+        self.kept_tokens: dict[int, list[Tensor]] = {}
+
+    def attend(
+        self, row: int, layer: int, role: Role, q: Tensor, k: Tensor, v: Tensor, scale: float, sinks: Tensor | None
+    ) -> Tensor:
+        """q [m, n_heads, head_dim] are the last m of T positions of a row; k, v [T, n_kv_heads, head_dim]."""
+        kept = None
+        if role is Role.SELECT:
+            self._kept[row] = self._pick(layer, q, k, scale, sinks)
+        elif role is Role.REUSE:
+            kept = self._kept[row].to(q.device)
+            if self._want_recall:
+                self._add_recall(layer, q, k, scale, sinks, kept)
+        return chunk_attention(q, k, v, scale, sinks, kept, self._page_size)
+
+    def _pick(self, layer: int, q: Tensor, k: Tensor, scale: float, sinks: Tensor | None) -> Tensor:
+        """bool [m, n_pages]: the pages that each position keeps."""
+        m, tokens = len(q), len(k)
+        width = -(-tokens // self._page_size)
+        kept = torch.zeros((m, width), dtype=torch.bool, device=q.device)
+        for start in range(0, m, BLOCK):
+            stop = min(start + BLOCK, m)
+            end = tokens - m + stop
+            logits, lse = chunk_logits(q[start:stop], k[:end], scale, sinks, self._page_size)
+            seq_lens = torch.arange(end - (stop - start) + 1, end + 1, dtype=torch.int32, device=q.device)
+            picks = self._selector.pick(SoftmaxStats(logits, lse, seq_lens, self._page_size))
+            column = torch.arange(picks.pages.shape[1], device=q.device)
+            listed = column < picks.n_kept[:, None]
+            rows = torch.arange(start, stop, device=q.device)[:, None].expand_as(listed)
+            kept[rows[listed], picks.pages.long()[listed]] = True
+            missing = -seq_lens % self._page_size
+            self.kept_tokens.setdefault(layer, []).append(picks.n_kept * self._page_size - missing)
+        if self._want_picks:
+            self.trace.picks.setdefault(layer, []).extend(row.nonzero().flatten().cpu() for row in kept)
+        return kept
+
+    def _add_recall(
+        self, layer: int, q: Tensor, k: Tensor, scale: float, sinks: Tensor | None, kept: Tensor
+    ) -> None:
+        m, tokens = len(q), len(k)
+        for start in range(0, m, BLOCK):
+            stop = min(start + BLOCK, m)
+            end = tokens - m + stop
+            logits, lse = chunk_logits(q[start:stop], k[:end], scale, sinks, self._page_size)
+            mass = torch.exp(logits - lse[..., None]).unflatten(-1, (-1, self._page_size)).sum(-1)
+            inside = (mass * kept[start:stop, None, : mass.shape[-1]]).sum(-1)
+            self._recall_sum[layer] = self._recall_sum.get(layer, 0.0) + float(inside.double().sum())
+            self._recall_count[layer] = self._recall_count.get(layer, 0) + inside.numel()
+        self.trace.recall[layer] = self._recall_sum[layer] / self._recall_count[layer]

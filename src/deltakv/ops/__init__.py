@@ -1,0 +1,21 @@
+"""Tensors in, tensors out. One folder an op: `naive.py` (plain PyTorch, read it first) and `cpu.py`.
+
+A row is one query position of one sequence: a sequence at a decode step, or, in evaluation mode, one of several
+positions of the same sequence. Every op gives a row the same result whatever rows stand beside it.
+"""
+
+from deltakv.ops.chunk_attention import chunk_attention, chunk_logits
+from deltakv.ops.decode_attention import decode_attention, decode_attention_stats
+from deltakv.ops.page_scores import page_scores
+from deltakv.ops.select_pages import select_pages
+from deltakv.ops.store_kv import store_kv
+
+__all__ = [
+    "chunk_attention",
+    "chunk_logits",
+    "decode_attention",
+    "decode_attention_stats",
+    "page_scores",
+    "select_pages",
+    "store_kv",
+]
