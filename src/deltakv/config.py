@@ -108,5 +108,3 @@ class Delta(Method):
     @property
     def sink_pages(self) -> int:
         return self._pages("sinks", least=0)
-
-

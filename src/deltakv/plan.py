@@ -65,11 +65,7 @@ class LayerPlan:
             raise PlanError(
                 f"the plan names layers {sorted(outside)}, but the model has {depth} layers to plan (0 to {depth - 1})"
             )
-        return cls(
-            tuple(
-                Role.FULL if i in full else Role.SELECT if i in select else Role.REUSE for i in range(depth)
-            )
-        )
+        return cls(tuple(Role.FULL if i in full else Role.SELECT if i in select else Role.REUSE for i in range(depth)))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> LayerPlan:
@@ -89,7 +85,7 @@ class LayerPlan:
         except (KeyError, TypeError):
             pass
         raise PlanError(
-            f"plan file {path} must hold {{\"plan\": \"FFSR...\"}} or "
+            f'plan file {path} must hold {{"plan": "FFSR..."}} or '
             '{"depth": 28, "full": [0, 1], "select": [2, 14, 22]}'
         )
 

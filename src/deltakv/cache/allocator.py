@@ -34,7 +34,11 @@ class PageAllocator:
         """
         if count == 0:
             return []
-        if after is not None and after + 1 + count <= self.n_pages and not self._users[after + 1 : after + 1 + count].any():
+        if (
+            after is not None
+            and after + 1 + count <= self.n_pages
+            and not self._users[after + 1 : after + 1 + count].any()
+        ):
             return self._claim(after + 1, count)
         edges = np.diff(np.concatenate([[1], self._users != 0, [1]]).astype(np.int8))
         starts, ends = np.flatnonzero(edges == -1), np.flatnonzero(edges == 1)

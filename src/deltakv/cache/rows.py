@@ -131,14 +131,6 @@ class PagedKV:
                 self._table[index, 0, : len(row.pages)] = torch.tensor(row.pages, dtype=torch.int32)
         return self._table[:, :, : self._pages(tokens)]
 
-    def gather(self, layer: int, row: int, tokens: int) -> tuple[Tensor, Tensor]:
-        """K and V of a row's first `tokens` tokens, [tokens, n_kv_heads, head_dim]: a view if its pages allow."""
-        pages = self.rows[row].pages[: self._pages(tokens)]
-        side_by_side = pages == list(range(pages[0], pages[0] + len(pages)))
-        index = slice(pages[0], pages[0] + len(pages)) if side_by_side else pages
-        k, v = self.pool.layer(layer)
-        return k[index].flatten(0, 1)[:tokens], v[index].flatten(0, 1)[:tokens]
-
     @property
     def nbytes(self) -> int:
         """Bytes of the pages that hold tokens, shared ones once, over all layers, K and V."""

@@ -59,7 +59,7 @@ class Handle:
                 "or leave the `with` block)"
             )
         self.model = model
-        self.method = method
+        self.method: Method = method
         self.planned_layers = shape.planned_layers
         self.plan: LayerPlan = method.layer_plan(len(self.planned_layers))
         self.stats = Statistics()
@@ -155,7 +155,12 @@ class Handle:
         )
 
     def _prepare_cache(
-        self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, batch: int, max_length: int
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch: int,
+        max_length: int,
     ) -> None:
         """In the place of `generate`'s own: makes a `PagedCache`, or checks the one that was passed."""
         if generation_config.cache_implementation is not None:
@@ -215,9 +220,9 @@ class Handle:
             if self.stats.record_picks:
                 number = self.stats.steps - 1
                 self.stats.picks += [(number, p.layer, p.pages.pages, p.pages.n_kept) for p in step.picks]
-        elif positions is not None and step.columns.seen > step.width:
+        elif positions is not None and step.onto_past:
             spans = zip(step.append.past, step.append.lengths, strict=True)
-            seq_lens = torch.cat([torch.arange(a + 1, b + 1, dtype=torch.int32) for a, b in spans if a])
+            seq_lens = torch.cat([torch.arange(past + 1, end + 1, dtype=torch.int32) for past, end in spans])
             kept = [torch.cat(positions.kept_tokens[layer]) for layer in sorted(positions.kept_tokens)]
             positions.kept_tokens.clear()
             self.stats.add(self.plan, seq_lens, kept)

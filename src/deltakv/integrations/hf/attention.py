@@ -14,7 +14,7 @@ from deltakv.errors import UnsupportedUseError
 from deltakv.integrations.hf.cache import PagedCache, Pick, Step
 from deltakv.integrations.hf.positions import Positions
 from deltakv.methods import Selector, SoftmaxStats
-from deltakv.ops import chunk_attention, decode_attention, decode_attention_stats
+from deltakv.ops import decode_attention, decode_attention_stats, prefill_attention, row_kv
 from deltakv.plan import Role
 
 
@@ -67,14 +67,18 @@ class PagedAttention:
         if step is None or role is None:
             return self._original(module, query, key, value, attention_mask, scaling, dropout, kwargs)
         if dropout or kwargs.get("softcap") is not None:
-            raise UnsupportedUseError("attention dropout or soft-capping cannot go through a deltakv cache; use model.eval()")
+            raise UnsupportedUseError(
+                "attention dropout or soft-capping cannot go through a deltakv cache; use model.eval()"
+            )
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         sinks = kwargs.get("s_aux")
         with torch.no_grad():
             if step.decode:
                 out = self._decode(step, layer, role, query[:, :, 0], scale, sinks)[:, None]
+            elif self.positions is not None and step.onto_past:
+                out = self._evaluate(step, layer, role, query, scale, sinks)
             else:
-                out = self._chunk(step, layer, role, query, key, value, scale, sinks)
+                out = self._prefill(step, layer, query, key, value, scale, sinks)
         if torch.is_grad_enabled() and query.requires_grad:
             out = _Inference.apply(out, query)
         return out, None
@@ -105,9 +109,7 @@ class PagedAttention:
         )
         return result
 
-    def _decode(
-        self, step: Step, layer: int, role: Role, query: Tensor, scale: float, sinks: Tensor | None
-    ) -> Tensor:
+    def _decode(self, step: Step, layer: int, role: Role, query: Tensor, scale: float, sinks: Tensor | None) -> Tensor:
         """One token a row: query and result [batch, n_heads, head_dim]."""
         assert self.cache is not None
         k_pool, v_pool = self.cache.kv.pool.layer(layer)
@@ -131,34 +133,40 @@ class PagedAttention:
         step.picks.append(step.pick)
         return out
 
-    @torch.compiler.disable
-    def _chunk(
+    def _prefill(
         self,
         step: Step,
         layer: int,
-        role: Role,
         query: Tensor,
         key: Tensor,
         value: Tensor,
         scale: float,
         sinks: Tensor | None,
     ) -> Tensor:
-        """Several query tokens a row: full attention in every role, unless evaluation mode looks at each position."""
+        """Several tokens a row, with full attention in every role: [batch, width, n_heads, head_dim]."""
         assert self.cache is not None
-        query = query.transpose(1, 2)  # [batch, width, n_heads, head_dim]
-        past, lengths = step.append.past, step.append.lengths
+        k_pool, v_pool = self.cache.kv.pool.layer(layer)
+        device = query.device
+        table, past, real = (
+            step.on(device, "block_table"),
+            step.on(device, "past_lens"),
+            step.on(device, "real"),
+        )
+        return prefill_attention(query, key, value, k_pool, v_pool, table, past, real, scale, sinks)
+
+    @torch.compiler.disable
+    def _evaluate(
+        self, step: Step, layer: int, role: Role, query: Tensor, scale: float, sinks: Tensor | None
+    ) -> Tensor:
+        """Several tokens a row, each as if decoded alone: [batch, width, n_heads, head_dim]."""
+        assert self.cache is not None and self.positions is not None
+        k_pool, v_pool = self.cache.kv.pool.layer(layer)
+        query = query.transpose(1, 2)
         out = torch.zeros_like(query, memory_format=torch.contiguous_format)
-        for row in range(len(query)):
-            if lengths[row] == past[row]:
+        for row, tokens in enumerate(step.append.lengths):
+            columns = step.real[row].nonzero().flatten()
+            if len(columns) == 0:
                 continue
-            real = step.real[row]
-            columns = slice(int(real.byte().argmax()), int(real.byte().argmax()) + lengths[row] - past[row])
-            if past[row]:
-                k, v = self.cache.kv.gather(layer, row, lengths[row])
-            else:
-                k, v = key[row, :, columns].transpose(0, 1), value[row, :, columns].transpose(0, 1)
-            if self.positions is not None and past[row]:
-                out[row, columns] = self.positions.attend(row, layer, role, query[row, columns], k, v, scale, sinks)
-            else:
-                out[row, columns] = chunk_attention(query[row, columns], k, v, scale, sinks)
+            k, v = row_kv(k_pool, v_pool, step.block_table[row, 0], tokens)
+            out[row, columns] = self.positions.attend(row, layer, role, query[row, columns], k, v, scale, sinks)
         return out

@@ -39,24 +39,30 @@ class Pick:
 class Step:
     """One forward through the model: what its layers need to know, laid out before the first of them runs.
 
-    width: query columns. decode: one query token a row onto a cache that is not empty.
+    width: query columns. onto_past: the cache held something before. decode: one query token a row onto a past.
     real: bool [batch, width], which columns are tokens and not padding.
     slots: int64 [batch * width], where each token is stored, -1 for padding.
-    block_table: int32 [batch, 1, pages]; seq_lens: int32 [batch, 1], the new tokens included.
+    block_table: int32 [batch, 1, pages]; seq_lens: int32 [batch, 1], the new tokens included; past_lens: int32
+        [batch], without them.
     pick: what the last SELECT layer picked; picks: all of this step, in order.
     """
 
     width: int
-    decode: bool
+    onto_past: bool
     append: Append
     columns: Columns
     real: Tensor
     slots: Tensor
     block_table: Tensor
     seq_lens: Tensor
+    past_lens: Tensor
     pick: Pick | None = None
     picks: list[Pick] = field(default_factory=list)
     _moved: dict[tuple[str, torch.device], Tensor] = field(default_factory=dict)
+
+    @property
+    def decode(self) -> bool:
+        return self.onto_past and self.width == 1
 
     def on(self, device: torch.device, name: str) -> Tensor:
         """The tensor `name` on a layer's device; copied once a step for each device."""
@@ -180,13 +186,14 @@ class PagedCache(Cache):
         slots[real] = torch.tensor([slot for row in append.slots for slot in row], dtype=torch.long)
         self.state.step = Step(
             width=width,
-            decode=width == 1 and columns.seen > 0,
+            onto_past=columns.seen > 0,
             append=append,
             columns=after,
             real=real,
             slots=slots.flatten(),
             block_table=self.kv.block_table(max(append.lengths)),
             seq_lens=torch.tensor(append.lengths, dtype=torch.int32)[:, None],
+            past_lens=torch.tensor(append.past, dtype=torch.int32),
         )
         return self.state.step
 

@@ -49,7 +49,15 @@ class Positions:
         self.kept_tokens: dict[int, list[Tensor]] = {}
 
     def attend(
-        self, row: int, layer: int, role: Role, q: Tensor, k: Tensor, v: Tensor, scale: float, sinks: Tensor | None
+        self,
+        row: int,
+        layer: int,
+        role: Role,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        sinks: Tensor | None,
     ) -> Tensor:
         """q [m, n_heads, head_dim] are the last m of T positions of a row; k, v [T, n_kv_heads, head_dim]."""
         kept = None
@@ -82,9 +90,7 @@ class Positions:
             self.trace.picks.setdefault(layer, []).extend(row.nonzero().flatten().cpu() for row in kept)
         return kept
 
-    def _add_recall(
-        self, layer: int, q: Tensor, k: Tensor, scale: float, sinks: Tensor | None, kept: Tensor
-    ) -> None:
+    def _add_recall(self, layer: int, q: Tensor, k: Tensor, scale: float, sinks: Tensor | None, kept: Tensor) -> None:
         m, tokens = len(q), len(k)
         for start in range(0, m, BLOCK):
             stop = min(start + BLOCK, m)

@@ -98,5 +98,6 @@ def _window(config: Any, layer: int) -> int | None:
             f"model type {config.model_type!r} is not supported: layer {layer} is {kind!r}; "
             "covered are full_attention and sliding_attention layers"
         )
+    assert window is not None, "a sliding layer has a window"
     limit = getattr(config, "max_position_embeddings", None)
     return None if limit is not None and window >= limit else int(window)

@@ -68,7 +68,12 @@ def chunk_attention(
             part = _with_sinks(block.contiguous(), k_end, v_end, scale, sinks, visible)
         else:
             part = F.scaled_dot_product_attention(
-                block[None], k_end[None], v_end[None], attn_mask=visible[None, None], scale=scale, enable_gqa=grouped
+                block[None],
+                k_end[None],
+                v_end[None],
+                attn_mask=visible[None, None],
+                scale=scale,
+                enable_gqa=grouped,
             )[0]
         out[start:stop] = part.transpose(0, 1)
     return out

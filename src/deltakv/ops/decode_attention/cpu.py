@@ -74,7 +74,10 @@ def _attend(q: Tensor, segments: Iterator[tuple[Tensor, Tensor]], scale: float) 
             outs.append(out)
             lses.append(lse)
         if whole * CHUNK < tokens:
-            rest_k, rest_v = k[None, whole * CHUNK :].transpose(1, 2), v[None, whole * CHUNK :].transpose(1, 2)
+            rest_k, rest_v = (
+                k[None, whole * CHUNK :].transpose(1, 2),
+                v[None, whole * CHUNK :].transpose(1, 2),
+            )
             out, lse = _flash(q[None], rest_k, rest_v, scale=scale)
             outs.append(out)
             lses.append(lse)
@@ -163,7 +166,9 @@ def decode_attention_stats(
             if sinks is not None:
                 total += torch.exp(sinks[g, ..., None] - top)
             parts = torch.split(weights, [k.shape[0] for k, _ in segments], dim=-1)
-            attended = sum(torch.bmm(part, v.float().transpose(0, 1)) for part, (_, v) in zip(parts, segments, strict=True))
+            attended = sum(
+                torch.bmm(part, v.float().transpose(0, 1)) for part, (_, v) in zip(parts, segments, strict=True)
+            )
             out[row, g] = attended / total
             lse[row, g] = (top + total.log()).squeeze(-1)
     return out.view(rows, n_heads, dim), logits.view(rows, n_heads, -1), lse.view(rows, n_heads)
