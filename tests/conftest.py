@@ -8,6 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+#: Tiny tensors gain nothing from threads, and threads that wait for each other on a busy machine cost ten times the
+#: work. Tests that ask about threads set their own number.
+torch.set_num_threads(1)
+
 
 def _poison(tensor: torch.Tensor) -> torch.Tensor:
     """NaN for floating types and the largest number for integers: memory that nobody may rely on."""
@@ -23,8 +27,8 @@ def _poison(tensor: torch.Tensor) -> torch.Tensor:
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Makes Python's `torch.empty`, `empty_like`, `empty_strided` and `Tensor.new_empty` return poison.
 
-    Fresh memory happens to be zero often enough to hide a read before a write. Allocations inside torch's C++ are
-    not touched.
+    Fresh memory happens to be zero often enough to hide a read before a write. Allocations inside torch's C++
+    are not touched.
     """
 
     def poisoned(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -44,7 +48,7 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def _config(kind: str) -> Any:
-    """A configuration of 6 to 8 layers, 4 query heads of size 16, 2 KV heads where the architecture has GQA."""
+    """A configuration of 6 to 8 layers, with 4 query heads of size 16 and, where there is GQA, 2 KV heads."""
     import transformers as hf
 
     common: dict[str, Any] = {
@@ -103,7 +107,7 @@ KINDS = ("llama", "qwen2", "qwen3", "mistral", "phi3", "opt", "gemma3", "gpt_oss
 
 
 def build_tiny_model(kind: str, seed: int = 0) -> Any:
-    """A random float32 model in eval mode whose attention is peaked, so that a wrong pick shows in the logits."""
+    """A random float32 model in eval mode with peaked attention, so that a wrong pick shows in the logits."""
     import transformers as hf
 
     with torch.random.fork_rng(devices=[]):

@@ -1,7 +1,8 @@
-"""An independent dense reference: what DELTA means, in plain matrices, loops and sets (docs/design.md, section 1).
+"""An independent dense reference: what DELTA means, in plain matrices, loops and sets (docs/design.md,
+section 1).
 
-It imports nothing of deltakv, so that a mistake there cannot hide here. Everything is computed in float64 over the
-whole sequence, with no cache, no pages in memory and no kernels; clarity before speed.
+It imports nothing of deltakv, so that a mistake there cannot hide here. Everything is computed in float64
+over the whole sequence, with no cache, no pages in memory and no kernels; clarity before speed.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """Masked attention of one query row, in float64.
 
-    q: [n_heads, d]; k, v: [T, n_kv, d]; visible: bool [T]; sinks: [n_heads], one learned logit a head that takes
-    part in the softmax and has no value. Query head h reads KV head h // (n_heads / n_kv).
+    q: [n_heads, d]; k, v: [T, n_kv, d]; visible: bool [T]; sinks: [n_heads], one learned logit a head that
+    takes part in the softmax and has no value. Query head h reads KV head h // (n_heads / n_kv).
     Returns the output [n_heads, d] and the probabilities [n_heads, T], zero where invisible. A row that sees
     nothing gives zeros.
     """
@@ -69,18 +70,17 @@ def pick(
     sink_pages: int,
     min_context: int,
 ) -> list[int]:
-    """The pages that DELTA keeps, ascending: sinks, recent ones and the best of the rest, `budget_pages` in all.
+    """The pages that DELTA keeps, ascending: sinks, recent ones and the best of the rest, `budget_pages` in
+    all.
 
-    A row at or below `min_context`, or with no more pages than the budget, keeps all. Ties go to the earlier page.
-    `scores` needs one entry a page; entries from ceil(seq_len / page_size) on are not looked at.
+    A row at or below `min_context`, or with no more pages than the budget, keeps all. Ties go to the earlier
+    page. `scores` needs one entry a page; entries from ceil(seq_len / page_size) on are not looked at.
     """
     n_pages = math.ceil(seq_len / page_size)
     if seq_len <= min_context or n_pages <= budget_pages:
         return list(range(n_pages))
     kept = set(range(sink_pages)) | set(range(n_pages - recent_pages, n_pages))
-    rest = sorted(
-        (page for page in range(n_pages) if page not in kept), key=lambda page: (-float(scores[page]), page)
-    )
+    rest = sorted((page for page in range(n_pages) if page not in kept), key=lambda page: (-float(scores[page]), page))
     kept |= set(rest[: budget_pages - len(kept)])
     return sorted(kept)
 
@@ -88,10 +88,11 @@ def pick(
 def picks_agree(got: Sequence[int], want: Sequence[int], scores: Sequence[float], tolerance: float) -> bool:
     """Whether two picks are the same up to the rounding of the scores.
 
-    got: the pick under test; want: the oracle's; scores: the oracle's, one a page. Both must be ascending and of
-    one size. Pages in one but not in the other are allowed only if every page left out and every page taken in its
-    place differ by less than `tolerance` in score; all of them then lie that close to the threshold. A tolerance of
-    0 asks for equal picks, the way to compare exactly representable scores, ties included.
+    got: the pick under test; want: the oracle's; scores: the oracle's, one a page. Both must be ascending and
+    of one size. Pages in one but not in the other are allowed only if every page left out and every page
+    taken in its place differ by less than `tolerance` in score; all of them then lie that close to the
+    threshold. A tolerance of 0 asks for equal picks, the way to compare exactly representable scores, ties
+    included.
     """
     got, want = [int(page) for page in got], [int(page) for page in want]
     if got != sorted(set(got)) or len(got) != len(want):
@@ -100,21 +101,23 @@ def picks_agree(got: Sequence[int], want: Sequence[int], scores: Sequence[float]
         return False
     left_out = [float(scores[page]) for page in set(want) - set(got)]
     taken = [float(scores[page]) for page in set(got) - set(want)]
-    # |difference|, not the oracle's minus the other: a forced page of low score is no near-tie of a better page.
+    # |difference|, not the oracle's minus the other: a forced page of low score is no near-tie of a better
+    # page.
     return all(abs(a - b) < tolerance for a in left_out for b in taken)
 
 
 @dataclass
 class DenseRun:
-    """What one `DenseDelta` forward gives. Layers are the model's layer indices; positions count from `start`.
+    """What one `DenseDelta` forward gives. Layers are the model's layer indices; positions count from
+    `start`.
 
     logits: [T, vocab], the model's dtype.
     picks: for each SELECT layer, one ascending list of logical pages a decode position (all pages if dense).
     scores: for each SELECT layer, the page scores behind each pick.
-    recall: for each REUSE layer, the share of full attention's mass on tokens that lies in the pick, the mean over
-        heads and decode positions. (A learned sink's mass is on no token and does not count.)
-    attended, full: tokens attended to, and tokens that full attention would have attended to, summed over decode
-        positions and planned layers.
+    recall: for each REUSE layer, the share of full attention's mass on tokens that lies in the pick, the mean
+        over heads and decode positions. (A learned sink's mass is on no token and does not count.)
+    attended, full: tokens attended to, and tokens that full attention would have attended to, summed over
+        decode positions and planned layers.
     """
 
     logits: Tensor
@@ -128,12 +131,12 @@ class DenseRun:
 class DenseDelta:
     """DELTA on a stock causal language model by masks alone: one forward over the whole row, without a cache.
 
-    Each position's K and V follow from its own hidden state, so one teacher-forced forward in which every decode
-    position has its own mask is the same mathematics as decoding one token at a time.
+    Each position's K and V follow from its own hidden state, so one teacher-forced forward in which every
+    decode position has its own mask is the same mathematics as decoding one token at a time.
 
     model: a stock model (Llama, Qwen2, Qwen3, Mistral, Phi3, OPT, gpt_oss, gemma3_text), in eval mode.
-    roles: one letter for each planned layer, F (full), S (select) or R (reuse). Layers that `config.layer_types`
-        calls "sliding_attention" keep their window and take no letter.
+    roles: one letter for each planned layer, F (full), S (select) or R (reuse). Layers that
+        `config.layer_types` calls "sliding_attention" keep their window and take no letter.
     budget, recent, sinks, min_context: in tokens, as in `deltakv.Delta`.
     """
 
@@ -159,13 +162,12 @@ class DenseDelta:
         self.page_size = page_size
         self.limits = (budget // page_size, recent // page_size, sinks // page_size, min_context)
 
-    def __call__(
-        self, ids: Tensor, start: int, picks: dict[int, Sequence[Sequence[int]]] | None = None
-    ) -> DenseRun:
-        """Runs the row `ids` [T], unpadded; positions from `start` on are decode steps, those before are prefill.
+    def __call__(self, ids: Tensor, start: int, picks: dict[int, Sequence[Sequence[int]]] | None = None) -> DenseRun:
+        """Runs the row `ids` [T], unpadded; positions from `start` on are decode steps, those before are
+        prefill.
 
-        picks: to be used instead of the layers' own, for comparing outputs given the same pick: one list a decode
-        position for each SELECT layer. What the layers would have picked is returned all the same.
+        picks: to be used instead of the layers' own, for comparing outputs given the same pick: one list a
+        decode position for each SELECT layer. What the layers would have picked is returned all the same.
         """
         assert ids.ndim == 1 and 0 <= start <= len(ids) and not self.model.training
         self._start, self._given = start, picks
@@ -203,7 +205,7 @@ class DenseDelta:
         softcap: float | None = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
-        """The attention function in transformers' terms: query [1, n_heads, T, d], key and value [1, n_kv, T, d]."""
+        """transformers' attention function: query [1, n_heads, T, d], key and value [1, n_kv, T, d]."""
         assert attention_mask is None and softcap is None and scaling is not None and query.shape[0] == 1
         layer, role = module.layer_idx, self.roles.get(module.layer_idx)
         assert (role is None) == (sliding_window is not None), f"layer {layer}: role {role}, window {sliding_window}"
@@ -252,7 +254,7 @@ class DenseDelta:
         return visible
 
     def _recall(self, probabilities: Tensor, visible: Tensor) -> float:
-        """The share of `probabilities` [n_heads, T, T] that lies in `visible`, the mean over decode positions."""
+        """The share of `probabilities` [n_heads, T, T] inside `visible`, the mean over decode positions."""
         decode = probabilities[:, self._start :]
         inside = decode.masked_fill(~visible[self._start :], 0).sum(-1) / decode.sum(-1)
         return inside.mean().item()

@@ -9,6 +9,8 @@ trained, nothing is evicted.
         model.generate(**inputs, max_new_tokens=16384)
 """
 
+from typing import TYPE_CHECKING, Any
+
 from deltakv.config import Delta, Full, Method
 from deltakv.errors import (
     ConfigError,
@@ -19,9 +21,11 @@ from deltakv.errors import (
     UnsupportedModelError,
     UnsupportedUseError,
 )
-from deltakv.integrations.hf import Handle, PagedCache, Statistics, Trace, apply
 from deltakv.plan import LayerPlan, Role
 from deltakv.version import __version__
+
+if TYPE_CHECKING:
+    from deltakv.integrations.hf import Handle, PagedCache, Statistics, Trace, apply
 
 __all__ = [
     "ConfigError",
@@ -43,3 +47,14 @@ __all__ = [
     "__version__",
     "apply",
 ]
+
+_FROM_HF = ("Handle", "PagedCache", "Statistics", "Trace", "apply")
+
+
+def __getattr__(name: str) -> Any:
+    """torch and transformers take seconds to import: they wait until something needs them."""
+    if name in _FROM_HF:
+        from deltakv.integrations import hf
+
+        return getattr(hf, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

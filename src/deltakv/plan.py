@@ -73,8 +73,8 @@ class LayerPlan:
         path = Path(path)
         try:
             data: Any = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise PlanError(f"plan file {path} does not exist") from None
+        except OSError as error:
+            raise PlanError(f"plan file {path} cannot be read: {error.strerror}") from None
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise PlanError(f"plan file {path} is not JSON: {error}") from None
         try:
@@ -144,6 +144,8 @@ def resolve(spec: PlanSpec, depth: int) -> LayerPlan:
     """
     if spec is None:
         spec = DEFAULT_PRESET
+    if not isinstance(spec, LayerPlan | str | os.PathLike):
+        raise PlanError(f"plan={spec!r} is not a LayerPlan, a preset's name, a string of F, S and R, or a file")
     if isinstance(spec, str) and spec in PRESETS:
         return PRESETS[spec](depth)
     if isinstance(spec, LayerPlan):

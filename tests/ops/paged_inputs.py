@@ -11,7 +11,37 @@ import torch
 from torch import Tensor
 
 #: Lengths around the edges of pages of 16 to 128 tokens, some long ones, and an empty row.
-LENGTHS = (1, 15, 16, 17, 0, 31, 32, 33, 47, 63, 64, 65, 100, 127, 128, 129, 255, 257, 500, 1000, 1023, 1024, 1025)
+LENGTHS = (
+    1,
+    15,
+    16,
+    17,
+    0,
+    31,
+    32,
+    33,
+    47,
+    63,
+    64,
+    65,
+    100,
+    127,
+    128,
+    129,
+    255,
+    257,
+    500,
+    1000,
+    1023,
+    1024,
+    1025,
+)
+
+#: Rows long enough for any cutting into chunks, with short ones beside them.
+LONG = (5000, 17, 2049, 0, 3000, 4096, 300, 2100)
+
+#: Several rows of one length, not all of them neighbours.
+EQUAL = (300, 300, 300, 300, 17, 64, 64, 64, 300, 300, 1000, 1000)
 
 
 @dataclass
@@ -62,7 +92,8 @@ def make_caches(
 ) -> tuple[Tensor, Tensor]:
     """Two pools [n_pages, page_size, n_kv, head_dim] full of NaN.
 
-    layout: "plain"; "interleaved", K and V of a token side by side; "heads_first", a page's heads one after the other.
+    layout: "plain"; "interleaved", K and V of a token side by side; "heads_first", a page's heads one after the
+        other; "heads_outermost", a head's pages one after the other.
     """
     nan = float("nan")
     if layout == "interleaved":
@@ -71,6 +102,9 @@ def make_caches(
     if layout == "heads_first":
         pool = torch.full((2, n_pages, n_kv, page_size, head_dim), nan, dtype=dtype)
         return pool[0].transpose(1, 2), pool[1].transpose(1, 2)
+    if layout == "heads_outermost":
+        pool = torch.full((2, n_kv, n_pages, page_size, head_dim), nan, dtype=dtype)
+        return pool[0].permute(1, 2, 0, 3), pool[1].permute(1, 2, 0, 3)
     assert layout == "plain"
     shape = (n_pages, page_size, n_kv, head_dim)
     return torch.full(shape, nan, dtype=dtype), torch.full(shape, nan, dtype=dtype)
@@ -95,11 +129,12 @@ def make_paged(
     """A ragged batch; `lengths` has one entry a row, or one a row and group.
 
     table: "contiguous" (row after row, in order), "halves" (a row's second half lies before its first),
-        "permuted" (pages all over the pool), or "shared" (permuted, and a row's first full pages are those of the
-        row before it, for every second row). The contents do not depend on it, but for "shared".
+        "permuted" (pages all over the pool), or "shared" (permuted, and a row's first full pages are those of
+        the row before it, for every second row). The contents do not depend on it, but for "shared".
     extra_width: columns of the table beyond the longest row.
-    Everything that no row may read is NaN: free pages, slots behind a row's last token, and in a group's pages the
-    KV heads of the other groups. Table entries behind a row's last page are random, but lie in the pool.
+    Everything that no row may read is NaN: free pages, slots behind a row's last token, and in a group's
+    pages the KV heads of the other groups. Table entries behind a row's last page are random, but lie in the
+    pool.
     """
     generator = torch.Generator().manual_seed(seed)
     chooser = random.Random(seed)
@@ -133,11 +168,11 @@ def make_paged(
                 k[: shared * page_size] = keys[row - 1][group][: shared * page_size]
                 v[: shared * page_size] = values[row - 1][group][: shared * page_size]
             mine = slice(group * heads, (group + 1) * heads)
-            for logical in range(counts[row][group]):
-                if logical < shared:
-                    block_table[row, group, logical] = block_table[row - 1, group, logical]
-                    continue
-                physical = free.pop()
+            block_table[row, group, :shared] = block_table[row - 1, group, :shared]
+            owned = [free.pop() for _ in range(shared, counts[row][group])]
+            if table == "halves":
+                owned = owned[len(owned) // 2 :] + owned[: len(owned) // 2]
+            for logical, physical in enumerate(owned, start=shared):
                 block_table[row, group, logical] = physical
                 part = slice(logical * page_size, min((logical + 1) * page_size, length))
                 k_cache[physical, : part.stop - part.start, mine] = k[part]

@@ -1,7 +1,7 @@
-"""Peak memory of one method, in a fresh process: `python -m deltakv.bench.memory`, which prints one line of JSON.
+"""Peak memory of one method, in a process of its own: `python -m deltakv.bench.memory` prints a JSON line.
 
-The process loads the model, prefills one row, makes it a batch and decodes a few steps. A row's prefill is never
-larger than that of stock `generate`, so the peak is that of decoding, or of loading if that is higher.
+The process loads the model, prefills one row in chunks, makes it a batch and decodes a few steps; stock
+baselines do the same, so what differs is where K and V lie and what a step needs.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from deltakv.errors import DeltaKVError, InputError
 def measure_memory(
     path: str, method: str, ids: list[int], batch: int, steps: int, dtype: str, device: str, threads: int
 ) -> dict[str, int]:
-    """Runs this module in a fresh process; `peak_memory_bytes` and `kv_bytes`. Raises `InputError` if it fails.
+    """Runs this module in a new process: `peak_memory_bytes` and `kv_bytes`. Raises `InputError` if it fails.
 
-    path: what `from_pretrained` takes. method: as on the command line, or a baseline's name. ids: the row's tokens.
+    path: what `from_pretrained` takes. method: as on the command line. ids: the row's tokens.
     """
     with tempfile.TemporaryDirectory() as temp:
         tokens = Path(temp) / "tokens.json"

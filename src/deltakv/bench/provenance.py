@@ -70,15 +70,17 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The checkout's commit, with `+changes` if files differ from it; None outside a checkout of this project."""
-    here = Path(__file__).resolve().parent
+    """The checkout's commit, with `+changes` if sources differ; None outside a checkout of this project."""
     try:
-        run = lambda *args: subprocess.run(  # noqa: E731
-            ["git", "-C", str(here), *args], capture_output=True, text=True, check=True, timeout=10
-        ).stdout
-        # An installed copy may lie inside some other project's checkout (its virtual environment): not our commit.
-        if not run("ls-files", Path(__file__).name):
+        # An installed copy may lie inside another project's checkout (its virtual environment).
+        if not _git("ls-files", Path(__file__).name):
             return None
-        return run("rev-parse", "HEAD").strip() + ("+changes" if run("status", "--porcelain", "--", "src") else "")
+        return _git("rev-parse", "HEAD") + ("+changes" if _git("status", "--porcelain", "--", "..") else "")
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def _git(*args: str) -> str:
+    """What git says in this file's folder."""
+    command = ["git", "-C", str(Path(__file__).resolve().parent), *args]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()

@@ -1,6 +1,6 @@
 """What decodes: a method of this project on a paged cache, or stock transformers as a baseline.
 
-A runner holds a cache that a text has been prefilled into, can decode from it, and can rewind to where it was, so
+A runner holds a cache that a text has been prefilled into, decodes from it, and rewinds to where it was, so
 that several runners take turns in one process.
 """
 
@@ -122,9 +122,10 @@ def dynamic_cache(config: Any, paged: Any) -> Any:
     from transformers import DynamicCache
 
     dynamic = DynamicCache(config=config)
+    (row,), tokens = paged.kv.rows, paged.get_seq_length()
     for index, window in enumerate(paged.windows):
         if window is None:
-            k, v = paged.kv.gather(index, 0, paged.get_seq_length())
+            k, v = (pool[row.pages].flatten(0, 1)[:tokens] for pool in paged.kv.pool.layer(index))
             dynamic.update(*(x.transpose(0, 1)[None].contiguous() for x in (k, v)), index)
         else:
             dynamic.layers[index] = copy.copy(paged.layers[index])
@@ -132,7 +133,7 @@ def dynamic_cache(config: Any, paged: Any) -> Any:
 
 
 def static_cache(config: Any, dynamic: Any, batch: int, max_length: int) -> Any:
-    """A `StaticCache` of `batch` rows, each with the one row of a `DynamicCache`, which loses it layer by layer.
+    """A `StaticCache` of `batch` rows, each the one row of a `DynamicCache`, which loses it layer by layer.
 
     Raises `UnsupportedUseError` for models with sliding-window layers, whose static layers cannot be rewound.
     """

@@ -1,4 +1,4 @@
-"""Decode speed: warm, in one process, runners taking turns in blocks, so that a noisy neighbour hits all alike."""
+"""Decode speed: warm, in one process, runners taking turns, so that a noisy neighbour hits all alike."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def measure_speed(
     steps: int,
     advance: Callable[[int], None] = lambda turns: None,
 ) -> list[Speed]:
-    """At least `steps` timed decode steps of each runner, in turns of `BLOCK`; every turn starts at the same place.
+    """At least `steps` timed decode steps of each runner, in turns of `BLOCK` from the same place.
 
     first: int64 [batch, 1], the token that each row decodes from. Greedy from there.
     advance: hears of each turn done; there are `turns(steps)` for each runner.

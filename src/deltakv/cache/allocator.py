@@ -23,35 +23,17 @@ class PageAllocator:
         """Pages with at least one user."""
         return int(np.count_nonzero(self._users))
 
-    def grow(self, n_pages: int) -> None:
-        """Adds free pages at the end, up to `n_pages` in all."""
-        self._users = np.concatenate([self._users, np.zeros(n_pages - self.n_pages, dtype=np.int32)])
-
-    def take(self, count: int, after: int | None = None) -> list[int] | None:
-        """`count` free pages with one user each, or None if there is no such run.
-
-        after: a page that they would best follow, so that a row's run goes on.
-        """
-        if count == 0:
-            return []
-        if (
-            after is not None
-            and after + 1 + count <= self.n_pages
-            and not self._users[after + 1 : after + 1 + count].any()
-        ):
-            return self._claim(after + 1, count)
+    def take(self, count: int) -> list[int] | None:
+        """`count` free neighbouring pages with one user each, or None if there is no such run."""
         edges = np.diff(np.concatenate([[1], self._users != 0, [1]]).astype(np.int8))
         starts, ends = np.flatnonzero(edges == -1), np.flatnonzero(edges == 1)
         fitting = np.flatnonzero(ends - starts >= count)
         return self._claim(int(starts[fitting[0]]), count) if len(fitting) else None
 
-    def take_scattered(self, count: int) -> list[int] | None:
-        """`count` free pages wherever they are, or None if fewer are free."""
-        free = np.flatnonzero(self._users == 0)[:count]
-        if len(free) < count:
-            return None
-        self._users[free] = 1
-        return [int(page) for page in free]
+    def take_after(self, page: int, count: int) -> list[int] | None:
+        """The `count` pages that follow `page`, if all are free."""
+        run = self._users[page + 1 : page + 1 + count]
+        return self._claim(page + 1, count) if len(run) == count and not run.any() else None
 
     def share(self, pages: list[int]) -> None:
         """One more user for each of `pages`."""

@@ -15,8 +15,8 @@ from torch import Tensor
 from deltakv.cache.allocator import PageAllocator
 from deltakv.cache.pool import KVPool
 
-#: The pool grows by at least this share of itself (a quarter), so that copying stays a constant share of writing.
-GROWTH_SHARE = 4
+#: Room beyond what rows hold when they are laid out anew: a half. So copying stays a constant share of writing.
+SPARE = 2
 
 
 @dataclass
@@ -68,7 +68,7 @@ class PagedKV:
         self._make_room(lengths)
         slots = []
         for row, old, new in zip(self.rows, past, lengths, strict=True):
-            if new > old:
+            if new > old and old % self.page_size:
                 self._own_page(row, old // self.page_size)
             slots.append(
                 [row.pages[t // self.page_size] * self.page_size + t % self.page_size for t in range(old, new)]
@@ -81,9 +81,14 @@ class PagedKV:
             row.length = length
 
     def truncate(self, lengths: list[int]) -> None:
-        """Drops the tokens of each row from `lengths[r]` on. Its pages stay with it."""
+        """Drops the tokens of each row from `lengths[r]` on. Its pages stay with it, but for those that others read."""
         for row, length in zip(self.rows, lengths, strict=True):
             row.length = min(row.length, length)
+            used = self._pages(row.length)
+            if any(self._allocator.is_shared(page) for page in row.pages[used:]):
+                self._allocator.release(row.pages[used:])
+                del row.pages[used:]
+                self._table = None
 
     def rearrange(self, indices: list[int]) -> None:
         """New row i is old row `indices[i]`. Rows made from the same one share its pages until they write."""
@@ -105,15 +110,7 @@ class PagedKV:
 
     def unshare(self) -> None:
         """Gives each row pages of its own, copying what it shared."""
-        for row in self.rows:
-            if not any(self._allocator.is_shared(page) for page in row.pages):
-                continue
-            used = row.pages[: self._pages(row.length)]
-            fresh = self._take(max(len(used), self._ahead))
-            self.pool.copy_pages(used, fresh[: len(used)])
-            self._allocator.release(row.pages)
-            row.pages = fresh
-        self._table = None
+        self._lay_out([row.length for row in self.rows], unshare=True)
 
     def clear(self) -> None:
         """Forgets all rows; the pool's memory stays for the next ones."""
@@ -147,46 +144,71 @@ class PagedKV:
 
     def _make_room(self, lengths: list[int]) -> None:
         """Gives every row the pages for its new length."""
-        wanted = [self._pages_to_add(row, length) for row, length in zip(self.rows, lengths, strict=True)]
-        if not any(wanted):
-            return
-        missing = sum(wanted) - (self._allocator.n_pages - self._allocator.n_used)
-        if missing > 0:
-            self._grow(self._allocator.n_pages + missing)
-        for row, count in zip(self.rows, wanted, strict=True):
-            if count:
-                row.pages += self._take(count, after=row.pages[-1] if row.pages else None)
-        self._table = None
+        for row, length in zip(self.rows, lengths, strict=True):
+            if self._pages(length) > len(row.pages) and not self._extend(row, self._pages(length)):
+                self._lay_out(lengths)
+                return
 
-    def _pages_to_add(self, row: Row, length: int) -> int:
-        """A new row gets all it is expected to need; one that outgrows its pages gets half as many again."""
-        need = self._pages(length)
-        if need <= len(row.pages):
-            return 0
+    def _extend(self, row: Row, need: int) -> bool:
+        """Up to `need` pages for one row, if the pool has them where they should be: for a new row, all that it is
+        expected to need, side by side; for an old one, right behind those that it has. A row that shares pages
+        (a beam) is in pieces anyway and takes what there is."""
         if not row.pages:
-            return max(need, self._ahead)
-        return max(need - len(row.pages), len(row.pages) // 2)
+            pages = self._allocator.take(max(need, self._ahead))
+        else:
+            missing = need - len(row.pages)
+            pages = self._allocator.take_after(row.pages[-1], missing)
+            if pages is None and any(self._allocator.is_shared(page) for page in row.pages):
+                pages = self._allocator.take(missing)
+        if pages is None:
+            return False
+        row.pages += pages
+        self._table = None
+        return True
+
+    def _lay_out(self, lengths: list[int], *, unshare: bool = False) -> None:
+        """Moves all rows to a pool of the right size, each side by side with room to grow; shared pages stay shared."""
+        source: list[int] = []
+        target: list[int] = []
+        moved: dict[int, int] = {}
+        end = 0
+        sharing = False
+        laid_out = []
+        for row, length in zip(self.rows, lengths, strict=True):
+            used, need = row.pages[: self._pages(row.length)], self._pages(length)
+            if not unshare and any(self._allocator.is_shared(page) for page in used):
+                sharing = True
+                fresh = [page for page in used if page not in moved]
+                moved |= zip(fresh, range(end, end + len(fresh)), strict=True)
+                source += fresh
+                target += range(end, end + len(fresh))
+                end += len(fresh) + need - len(used)
+                laid_out.append([moved[page] for page in used] + list(range(end - need + len(used), end)))
+            else:
+                room = max(need, self._ahead, len(used) + len(used) // SPARE)
+                laid_out.append(list(range(end, end + room)))
+                source += used
+                target += range(end, end + len(used))
+                end += room
+        n_pages = end + 1 + end // SPARE if sharing else end
+        self.pool.move(n_pages, source, target)
+        self._allocator = PageAllocator(n_pages)
+        for row, pages in zip(self.rows, laid_out, strict=True):
+            row.pages = pages
+            self._allocator.share(pages)
+        self._table = None
 
     def _own_page(self, row: Row, index: int) -> None:
         """Before a row writes into a page that others read, it gets a copy of its own."""
-        if self._allocator.is_shared(page := row.pages[index]):
-            (fresh,) = self._take(1)
-            self.pool.copy_pages([page], [fresh])
-            self._allocator.release([page])
-            row.pages[index] = fresh
-            self._table = None
-
-    def _take(self, count: int, after: int | None = None) -> list[int]:
-        """`count` pages: side by side if possible, else scattered, else after growing the pool."""
-        pages = self._allocator.take(count, after) or self._allocator.take_scattered(count)
-        if pages is None:
-            self._grow(self._allocator.n_pages + count)
-            pages = self._allocator.take(count, after)
-        assert pages is not None
-        return pages
-
-    def _grow(self, n_pages: int) -> None:
-        current = self._allocator.n_pages
-        target = max(n_pages, current + current // GROWTH_SHARE)
-        self.pool.grow(target)
-        self._allocator.grow(target)
+        page = row.pages[index]
+        if not self._allocator.is_shared(page):
+            return
+        fresh = self._allocator.take(1)
+        if fresh is None:
+            self._lay_out([len(other.pages) * self.page_size for other in self.rows])
+            page, fresh = row.pages[index], self._allocator.take(1)
+            assert fresh is not None, "a new layout with shared pages has pages to spare"
+        self.pool.copy_pages([page], fresh)
+        self._allocator.release([page])
+        row.pages[index] = fresh[0]
+        self._table = None

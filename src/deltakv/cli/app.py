@@ -35,8 +35,9 @@ def deltakv(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
     ] = False,
 ) -> None:
-    """Sparse decoding (DELTA) for stock transformers models: a few layers read the whole KV cache and pick the pages
-    that matter, all others read only these.
+    """Sparse decoding (DELTA) for stock transformers models.
+
+    A few layers read the whole KV cache and pick the pages that matter; all others read only these.
 
     [bold]Start with:[/bold] deltakv generate "Why is the sky blue?"
     """

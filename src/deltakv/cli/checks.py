@@ -11,7 +11,7 @@ from deltakv.config import Method
 def check_methods(
     model: str, methods: Sequence[Method | str], check: Callable[[Any], None] = lambda config: None
 ) -> Any:
-    """Refuses what does not fit the model: its kind, a plan for another depth, and what `check` finds in its config.
+    """Refuses what does not fit the model: its kind, a plan for another depth, what `check` finds.
 
     Gives back the text model's config. Raises `DeltaKVError` subclasses.
     """

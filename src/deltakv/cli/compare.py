@@ -37,12 +37,12 @@ def compare(
 ) -> None:
     """Compares methods on a model and a text: speed, attended tokens, KL to full attention, recall, memory.
 
-    [bold]Example:[/bold] deltakv compare --method full --method delta:budget=512,sinks=0 --context 4000 --json out.json
+    [bold]Example:[/bold] deltakv compare --method full --method delta:budget=512 --context 4000 --json a.json
     """
     names = list(dict.fromkeys(method or DEFAULT_METHODS))
     from deltakv.bench.runners import BASELINES
 
-    parsed = options.parse_methods(names, extra=BASELINES)
+    parsed = [name if name in BASELINES else options.parse_method(name, BASELINES) for name in names]
     if plot is None and json_file is not None:
         plot = json_file.with_suffix(".png")
     options.check_output(json_file, plot)
@@ -81,7 +81,7 @@ def compare(
         entries = work.run(loaded.path, dtype, device)
     results = [entry.numbers() for entry in entries]
     title = f"{loaded.name} after {context:,} tokens of {text_name}, batch {batch}"
-    print_table(comparison_table(results, title))
+    print_table(comparison_table(results), title)
     options.write_json(json_file, {**header, "results": results})
     if plot is not None:
         from deltakv.report.plots import comparison_plot

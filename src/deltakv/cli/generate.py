@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from deltakv.cli import options, prompts
+from deltakv.cli.checks import check_methods
 from deltakv.errors import DeltaKVError, InputError
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ def generate(
     prompt: Annotated[str | None, typer.Argument(help="The prompt; - reads it from stdin.")] = None,
     model: options.Model = options.DEFAULT_MODEL,
     method: options.OneMethod = options.DEFAULT_METHOD,
-    file: Annotated[Path | None, typer.Option(help="Read the prompt from a text file.")] = None,
+    file: Annotated[Path | None, typer.Option(help="A text file that comes before the prompt, or is it.")] = None,
     jsonl: Annotated[
         Path | None, typer.Option(help='Many prompts in batches: one {"prompt": ..., "id": ...} a line.')
     ] = None,
@@ -38,11 +39,11 @@ def generate(
 ) -> None:
     """Answers a prompt: the text goes to stdout, what it cost to stderr.
 
-    [bold]Example:[/bold] deltakv generate "What does break do?" --file - --method delta:budget=512
+    [bold]Example:[/bold] deltakv generate "Sum this up." --file report.txt --method delta:budget=512
 
     With --jsonl, one JSON object a prompt goes to stdout.
     """
-    (chosen,) = options.parse_methods([method])
+    chosen = options.parse_method(method)
     options.check_output(json_file)
     if jsonl is not None and (prompt is not None or file is not None):
         raise InputError("--jsonl brings its own prompts; leave the argument and --file out")
@@ -55,6 +56,7 @@ def generate(
     if not wanted:
         raise typer.Exit(2)
 
+    check_methods(model, [chosen])
     loaded = options.load(model, dtype, device, threads)
     from deltakv.bench.provenance import provenance
     from deltakv.evals.generation import Sampling, generate_batch
@@ -104,7 +106,7 @@ def generate(
 def _encode(
     loaded: options.Loaded, prompt: prompts.Prompt, chat: bool, system: str | None, jsonl: Path | None
 ) -> list[int] | None:
-    """The prompt's ids; one that is over the model's limit is refused, or in a JSONL named and left out (None)."""
+    """The prompt's ids; one over the model's limit is refused, or in a JSONL named and left out (None)."""
     from deltakv.loading import check_length
 
     ids = prompts.encode(loaded.tokenizer, prompt.text, chat, system)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -13,7 +14,13 @@ _EXTRAS = {"typer": "cli", "rich": "cli", "matplotlib": "plot", "gguf": "gguf", 
 
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
-    """Runs the command line on `args` (default: the process's own) and exits: 0 done, 2 bad input, 130 interrupted."""
+    """Runs the command line on `args` (default: the process's own) and exits.
+
+    0 is done, 2 bad input, 130 interrupted.
+    """
+    # Both talk on import, of files built for other machines and of deprecations that are not the user's.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         code = _run(args)
         sys.stdout.flush()

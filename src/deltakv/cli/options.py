@@ -25,7 +25,8 @@ Model = Annotated[
 METHOD_HELP = "A method with options, such as full or delta:budget=512,recent=64,sinks=16,plan=FFSRRR."
 OneMethod = Annotated[str, typer.Option("--method", help=METHOD_HELP)]
 TextFile = Annotated[
-    Path | None, typer.Option("--text", help="A text file (default: Python's own language reference, built in).")
+    Path | None,
+    typer.Option("--text", help="A text file (default: Python's own language reference, built in)."),
 ]
 Json = Annotated[Path | None, typer.Option("--json", help="Write the results to this JSON file too.")]
 Dtype = Annotated[str, typer.Option(help="auto (fp32 on CPU), float32, bfloat16 or float16.")]
@@ -46,25 +47,16 @@ class Loaded:
     tokenizer: Any
 
 
-def parse_methods(texts: Sequence[str], extra: Sequence[str] = ()) -> list[Method | str]:
-    """The methods of `--method`, in order; names in `extra` stay strings.
-
-    Raises `ConfigError`, which names the allowed ones. Cheap: runs before a model is loaded.
-    """
+def parse_method(text: str, baselines: Sequence[str] = ()) -> Method:
+    """The method of `--method`. Raises `ConfigError` that names the allowed ones, `baselines` too."""
     from deltakv.methods import REGISTRY, parse
 
-    parsed: list[Method | str] = []
-    for text in texts:
-        name, _, options = text.partition(":")
-        if name in extra:
-            if options:
-                raise ConfigError(f"the baseline {name!r} takes no options, but was given {options!r}")
-            parsed.append(name)
-        elif name not in REGISTRY:
-            raise ConfigError(f"unknown method {name!r}; known are {', '.join([*sorted(REGISTRY), *extra])}")
-        else:
-            parsed.append(parse(text))
-    return parsed
+    name = text.partition(":")[0].strip()
+    if name in baselines:
+        raise ConfigError(f"the baseline {name!r} takes no options; write --method {name}")
+    if name not in REGISTRY:
+        raise ConfigError(f"unknown method {name!r}; allowed are {', '.join([*sorted(REGISTRY), *baselines])}")
+    return parse(text)
 
 
 def load(model: str, dtype: str, device: str, threads: int | None) -> Loaded:
@@ -86,7 +78,9 @@ def check_output(*paths: Path | None) -> None:
     """Raises `InputError` if a file to be written has no folder, before the work that fills it."""
     for path in paths:
         if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-            raise InputError(f"cannot write {path}: {'it is a folder' if path.is_dir() else 'its folder does not exist'}")
+            raise InputError(
+                f"cannot write {path}: {'it is a folder' if path.is_dir() else 'its folder does not exist'}"
+            )
 
 
 def write_json(path: Path | None, data: dict[str, Any]) -> None:

@@ -21,26 +21,33 @@ class Prompt:
 
 
 def read_one(argument: str | None, file: Path | None) -> Prompt:
-    """The prompt that an argument, `-` (stdin) or a file gives. Raises `InputError` if it is missing or empty."""
-    if argument is not None and file is not None:
-        raise InputError("give the prompt as an argument or with --file, not both")
+    """The prompt of an argument, `-` (stdin) or a file; of both, the file's text and then the argument.
+
+    Raises `InputError` if it is missing or empty.
+    """
+    parts: list[str] = []
     if file is not None:
-        text, where = read_text(file), f"the file {file}"
-    elif argument == "-":
-        text, where = sys.stdin.read(), "stdin"
+        parts.append(_not_empty(read_text(file), f"the file {file}"))
+    if argument == "-":
+        parts.append(_not_empty(sys.stdin.read(), "stdin"))
     elif argument is not None:
-        text, where = argument, "the prompt"
-    else:
+        parts.append(_not_empty(argument, "the prompt"))
+    if not parts:
         raise InputError("no prompt: give one as an argument, - for stdin, --file FILE, or --jsonl FILE")
+    return Prompt("\n\n".join(parts))
+
+
+def _not_empty(text: str, where: str) -> str:
     if not text.strip():
         raise InputError(f"{where} is empty; give a prompt with some text")
-    return Prompt(text)
+    return text
 
 
 def read_jsonl(path: Path) -> tuple[list[Prompt], list[str]]:
     """The prompts of a JSONL file, and one message for each line that is broken; blank lines do not count.
 
-    Each line is an object with `prompt` (a string) and, if wanted, `id`. Raises `InputError` if nothing is there.
+    Each line is an object with `prompt` (a string) and, if wanted, `id`. Raises `InputError` if none is
+    there.
     """
     prompts: list[Prompt] = []
     broken: list[str] = []
@@ -52,7 +59,7 @@ def read_jsonl(path: Path) -> tuple[list[Prompt], list[str]]:
         except InputError as error:
             broken.append(f"{path}, line {number}: {error}")
     if not prompts and not broken:
-        raise InputError(f"the file {path} is empty; give one object with \"prompt\" a line")
+        raise InputError(f'the file {path} is empty; give one object with "prompt" a line')
     return prompts, broken
 
 

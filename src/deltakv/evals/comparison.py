@@ -1,7 +1,7 @@
 """Several methods side by side on one model and one text: fidelity, decode speed, memory.
 
-The text is prefilled once for each page size, for prefill is the same under all methods; each then continues the same
-cache, which is cropped back.
+The text is prefilled once for each page size, for prefill is the same under all methods; each then continues
+the same cache, which is cropped back.
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ class Settings:
         """Raises `InputError` if the model or the text's end does not allow this."""
         if self.positions >= self.context:
             raise InputError(
-                f"--positions {self.positions} must be less than --context {self.context}: what comes before them is prefilled"
+                f"--positions {self.positions} must be less than --context {self.context}: "
+                "what comes before them is prefilled"
             )
         decoded = BLOCK + 1 if self.steps else 0
         check_length(self.context + decoded, config, f"--context {self.context} and {decoded} decoded tokens")
@@ -139,7 +140,12 @@ class Comparison:
         return entries
 
     def _fidelity_of(
-        self, method: Method | str, ids: Tensor, targets: Tensor, against: Reference, advance: Callable[[int], None]
+        self,
+        method: Method | str,
+        ids: Tensor,
+        targets: Tensor,
+        against: Reference,
+        advance: Callable[[int], None],
     ) -> Fidelity:
         if isinstance(method, str):
             # Both baselines compute the same; only where K and V lie differs.
@@ -195,7 +201,11 @@ class Comparison:
         for entry in entries:
             found = measure_memory(path, entry.method, ids, settings.batch, 4, dtype, device, threads)
             done.append(
-                replace(entry, peak_memory_bytes=found["peak_memory_bytes"], kv_bytes=entry.kv_bytes or found["kv_bytes"])
+                replace(
+                    entry,
+                    peak_memory_bytes=found["peak_memory_bytes"],
+                    kv_bytes=entry.kv_bytes or found["kv_bytes"],
+                )
             )
             advance(1)
         return done

@@ -1,7 +1,7 @@
 """How far a method's next-token distributions are from full attention's: KL, top-1, perplexity, recall.
 
-Teacher-forced over the last positions of a text, in evaluation mode: each position picks for itself, as if decoded one
-at a time. All methods continue the same prefill; the cache is cropped back after each.
+Teacher-forced over the last positions of a text, in evaluation mode: each position picks for itself, as if
+decoded one at a time. All methods continue the same prefill; the cache is cropped back after each.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ class Fidelity:
     """Over the evaluated positions, against full attention.
 
     kl_mean, kl_p99: KL(full || method) in nats. top1: share of positions with the same most likely token.
-    perplexity: of the text under the method. attended_tokens: summed over layers, mean over positions (None for
-    engines that do not count). recall_by_layer: mean over heads and positions of full attention's mass inside the
-    pick, by layer index, REUSE layers only.
+    perplexity: of the text under the method.
+    attended_tokens: summed over layers, mean over positions; None for stock attention, which does not count.
+    recall_by_layer: mean over heads and positions of full attention's mass inside the pick, by layer index,
+    REUSE layers only.
     """
 
     positions: int
@@ -68,8 +69,8 @@ def measure(
     """A method over `ids` [1, positions] after what `cache` holds; the cache is left as it was found.
 
     targets: int64 [positions], the tokens that follow each position.
-    handle: of the method on this model; None for a model without one (stock attention), whose forward of several
-    tokens is decoding already.
+    handle: of the method on this model; None for stock attention, to which several tokens are as one at a
+    time.
     """
     context: AbstractContextManager[Any] = nullcontext()
     if handle is not None:
@@ -98,7 +99,7 @@ def measure(
 
 
 def _logits(model: Any, cache: Any, ids: Tensor, advance: Advance) -> Iterator[Tensor]:
-    """fp32 logits [positions of a chunk, vocabulary] on the CPU, chunk by chunk; then crops the cache back."""
+    """fp32 logits [positions, vocabulary] of each chunk, on the CPU; crops the cache back at the end."""
     done = 0
     try:
         for chunk in ids.split(CHUNK, dim=1):

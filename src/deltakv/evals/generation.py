@@ -37,7 +37,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Generation:
-    """What one `generate` call gave, and what it cost. Times in seconds; token counts per decode step and row."""
+    """What one `generate` call gave and cost. Times in seconds; token counts per decode step and row."""
 
     rows: list[Row]
     ttft: float
@@ -129,7 +129,12 @@ def generate_batch(
     ends = _end_tokens(model, tokenizer)
     options: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if sampling.temperature > 0:
-        options = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+        options = {
+            "do_sample": True,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": 0,
+        }
     clock = _Clock(_Writer(tokenizer, stream) if stream is not None and len(prompts) == 1 else None)
     torch.manual_seed(sampling.seed)
     with deltakv.apply(model, method) as handle:

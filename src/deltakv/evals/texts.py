@@ -14,7 +14,7 @@ BUILTIN_NAME = "pydoc_data.topics"
 
 
 def builtin_text() -> str:
-    """Python's own language reference, as `help()` shows it: real prose and code, some 50k tokens, on every machine."""
+    """Python's own language reference, as `help()` shows it: real prose and code, some 50k tokens."""
     from pydoc_data import topics
 
     return "\n\n".join(topics.topics[name] for name in sorted(topics.topics))

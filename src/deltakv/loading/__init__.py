@@ -1,4 +1,4 @@
-"""From what a user calls a model (a folder, a Hub name, a GGUF file, `smollm2`) to a stock transformers model."""
+"""From what a user calls a model (a folder, a Hub name, a GGUF file, `smollm2`) to a transformers model."""
 
 from deltakv.loading.model import (
     check_length,

@@ -1,13 +1,15 @@
 """GGUF files, converted once to a folder that `from_pretrained` loads in a second.
 
-transformers reads GGUF by dequantising it tensor by tensor, 14-18 s for a model of 135M parameters; the folder it is
-saved to, in fp32, holds the same numbers.
+transformers reads GGUF by dequantising it tensor by tensor, 14-18 s for a model of 135M parameters; the
+folder it is saved to, in fp32, holds the same numbers.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
+import io
 import json
 import os
 import shutil
@@ -21,7 +23,7 @@ _SAMPLES, _SAMPLE_BYTES = 16, 65536
 
 
 def cache_folder() -> Path:
-    """Where converted models are kept: `$DELTAKV_CACHE`, else `$XDG_CACHE_HOME/deltakv`, else `~/.cache/deltakv`."""
+    """Where converted models are: `$DELTAKV_CACHE`, `$XDG_CACHE_HOME/deltakv`, or `~/.cache/deltakv`."""
     if own := os.environ.get("DELTAKV_CACHE"):
         return Path(own).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")
@@ -43,8 +45,8 @@ def converted(path: Path) -> Path:
 def convert_once(path: Path, key: str) -> Path:
     """`cache_folder()/key`, converted from `path` if it does not exist.
 
-    The folder appears by a rename of a finished one, so a killed conversion leaves nothing that looks complete; a
-    lock lets a second process wait for the first, and the kernel frees it when its holder dies.
+    The folder appears by a rename of a finished one, so a killed conversion leaves nothing that looks
+    complete. A lock lets a second process wait for the first; the kernel frees it when its holder dies.
     """
     folder = cache_folder() / key
     if folder.is_dir():
@@ -64,7 +66,9 @@ def convert_once(path: Path, key: str) -> Path:
             part = Path(tempfile.mkdtemp(prefix=f".{key}.part-", dir=folder.parent))
             try:
                 _convert(path, part)
-                os.chmod(part, 0o755)
+                os.chmod(part, 0o755)  # mkdtemp and safetensors write for their owner alone
+                for file in part.iterdir():
+                    file.chmod(0o644)
                 os.rename(part, folder)
             finally:
                 shutil.rmtree(part, ignore_errors=True)
@@ -81,18 +85,19 @@ def _convert(path: Path, folder: Path) -> None:
 
     quiet()
     print(f"deltakv: converting {path.name} once, for fast starts later (about 15 s for 135M)", file=sys.stderr)
+    # Its bar for each tensor is of use on a terminal alone.
+    bars = sys.stderr if sys.stderr.isatty() else io.StringIO()
     try:
-        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        with contextlib.redirect_stderr(bars):
+            model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     except (ValueError, KeyError, NotImplementedError, ImportError, RuntimeError) as error:
-        raise UnsupportedModelError(
-            f"transformers cannot read {path}: {' '.join(str(error).split())[:300]}"
-        ) from None
+        raise UnsupportedModelError(f"transformers cannot read {path}: {' '.join(str(error).split())[:300]}") from None
     need = sum(p.numel() * p.element_size() for p in model.parameters())
     free = shutil.disk_usage(folder).free
     if need > free:
         raise InputError(
-            f"converting {path} needs {need / 1e9:.1f} GB in {folder.parent}, which has {free / 1e9:.1f} GB free; "
+            f"{path.name} needs {need / 1e9:.1f} GB in {folder.parent}, and {free / 1e9:.1f} GB are free; "
             "set DELTAKV_CACHE to another folder"
         )
     # The loaded model still says that it is quantised, though its numbers are not any more.
@@ -107,7 +112,7 @@ def _convert(path: Path, folder: Path) -> None:
 
 
 def _fingerprint(path: Path) -> str:
-    """16 hex digits of the file's size, time and samples of its content: a moved file is known again, a new one isn't."""
+    """16 hex digits of the file's size, time and samples of its content: a moved file is known again."""
     stat = path.stat()
     digest = hashlib.sha256(f"{stat.st_size} {stat.st_mtime_ns}".encode())
     with path.open("rb") as file:

@@ -15,8 +15,10 @@ def quiet() -> None:
     """Turns transformers' loading bars and advice off; a download from the Hub keeps its own bar."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", module=r"transformers|torch|huggingface_hub")
+    import huggingface_hub
     import transformers
 
+    huggingface_hub.utils.logging.set_verbosity_error()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 
@@ -42,7 +44,7 @@ def load_tokenizer(path: str) -> Any:
 def load_model(path: str, dtype: str = "auto", device: str = "auto") -> Any:
     """The model in eval mode.
 
-    dtype: one of `DTYPES`; `auto` is fp32 on CPU (the fastest there, and exact) and the model's own elsewhere.
+    dtype: one of `DTYPES`; `auto` is fp32 on CPU (fastest there, and exact), the model's own elsewhere.
     device: `auto` (a GPU if there is one), or what torch takes, such as `cpu` or `cuda:1`.
     Raises `InputError` or `UnsupportedModelError`.
     """
@@ -88,6 +90,8 @@ def _from_pretrained(auto: Any, path: str, **options: Any) -> Any:
         said = _one_line(error)
         if "model type" in said or "Unrecognized configuration class" in said or "Unrecognized model" in said:
             raise UnsupportedModelError(f"transformers has no causal language model for {path}: {said}") from None
+        if "couldn't connect" in said or "Can't load" in said or "is not a local folder" in said:
+            said = "the Hugging Face Hub has no such model, or it cannot be reached"
         raise InputError(f"cannot load {path}: {said}") from None
 
 

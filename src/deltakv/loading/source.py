@@ -24,9 +24,7 @@ def locate(model: str) -> str:
         return str(gguf.converted(path))
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise InputError(
-                f"the folder {model} holds no config.json; give a folder that save_pretrained wrote, or a GGUF file"
-            )
+            raise InputError(f"the folder {model} holds no config.json; give one from save_pretrained, or a GGUF file")
         return str(path)
     if model.lower().endswith(".gguf") or path.is_absolute() or not _HUB_NAME.fullmatch(model):
         raise InputError(

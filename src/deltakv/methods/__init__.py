@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 from deltakv.config import Delta, Full, Method
@@ -11,21 +12,27 @@ from deltakv.methods.base import Picks, Selector, SoftmaxStats
 from deltakv.methods.delta import DeltaSelector
 from deltakv.methods.full import FullSelector
 
-_SELECTORS: dict[type[Method], Any] = {Full: FullSelector, Delta: DeltaSelector}
-
 #: Config classes by the name that a command line or a server's config gives them.
-REGISTRY: dict[str, type[Method]] = {config.algorithm: config for config in _SELECTORS}
+REGISTRY: dict[str, type[Method]] = {}
+
+_SELECTORS: dict[type[Method], Callable[[Any], Selector]] = {}
+
+
+def register(config: type[Method], selector: Callable[[Any], Selector]) -> None:
+    """Makes a method known under its `algorithm` name. selector: called with a config, gives its `Selector`."""
+    REGISTRY[config.algorithm] = config
+    _SELECTORS[config] = selector
+
+
+register(Full, FullSelector)
+register(Delta, DeltaSelector)
 
 
 def selector(config: Method) -> Selector:
     """The selector that carries out `config`. Raises `ConfigError` if its class is not registered."""
-    try:
-        made: Selector = _SELECTORS[type(config)](config)
-    except KeyError:
-        raise ConfigError(
-            f"{config!r} is not a method; allowed are {', '.join(c.__name__ for c in _SELECTORS)}"
-        ) from None
-    return made
+    if type(config) not in _SELECTORS:
+        raise ConfigError(f"{config!r} is not a method; allowed are {', '.join(c.__name__ for c in _SELECTORS)}")
+    return _SELECTORS[type(config)](config)
 
 
 def from_options(algorithm: str, options: dict[str, Any]) -> Method:
@@ -63,4 +70,4 @@ def _whole_number(name: str, value: str, text: str) -> int:
         raise ConfigError(f"{name}={value!r} in method {text!r} is not a whole number") from None
 
 
-__all__ = ["REGISTRY", "Picks", "Selector", "SoftmaxStats", "from_options", "parse", "selector"]
+__all__ = ["REGISTRY", "Picks", "Selector", "SoftmaxStats", "from_options", "parse", "register", "selector"]

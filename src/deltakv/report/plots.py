@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK, MUTED, ACCENT, BASE, SINK, RECENT = "#1f2328", "#6b7280", "#2563eb", "#9ca3af", "#d97706", "#059669"
+#: A KL at or below this, in nats, is rounding.
+KL_FLOOR = 1e-6
 
 
 def new_figure(width: float, height: float, **options: Any) -> Figure:
@@ -43,7 +45,7 @@ def comparison_plot(results: Sequence[dict[str, Any]], title: str, path: Path) -
 
 def _headline(results: Sequence[dict[str, Any]], base: dict[str, Any], timed: bool) -> str:
     """What the picture shows, of the fastest method that is no baseline."""
-    others = [result for result in results if result is not base and not result["method"].startswith("stock")]
+    others = [result for result in results if result is not base and not _is_dense(result)]
     if not others:
         return "Decode speed and distance from full attention"
     best = max(others, key=lambda result: result["decode_tokens_per_s"] or 0)
@@ -59,36 +61,35 @@ def _speed_panel(axis: Any, results: Sequence[dict[str, Any]], places: list[int]
     for place, result in zip(places, results, strict=True):
         speed = result["decode_tokens_per_s"]
         ratio = speed / base["decode_tokens_per_s"]
-        colour = ACCENT if not result["method"].startswith(("full", "stock")) else BASE
+        colour = BASE if _is_dense(result) else ACCENT
         axis.barh(place, ratio, height=0.55, color=colour)
         axis.text(ratio, place, f"  {ratio:.2f}x, {speed:.1f} tokens/s", va="center", fontsize=9, color=INK)
     axis.axvline(1, color=MUTED, linewidth=0.8, linestyle=":")
-    axis.set_xlabel(f"decode speed, ratio to {base['method']} (more is better)")
+    axis.set_xlabel(f"decode speed, ratio to {base['method']}\n(more is better)")
     axis.margins(x=0.35)
     axis.set_xlim(left=0)
     _plain(axis)
 
 
 def _fidelity_panel(axis: Any, results: Sequence[dict[str, Any]], places: list[int]) -> None:
-    floor = 1e-7
-    shown = [max(result["kl_mean"], floor) for result in results]
-    for place, result, mean in zip(places, results, shown, strict=True):
-        colour = ACCENT if not result["method"].startswith(("full", "stock")) else BASE
-        p99 = max(result["kl_p99"], floor)
+    for place, result in zip(places, results, strict=True):
+        colour = BASE if _is_dense(result) else ACCENT
+        mean, p99 = (max(result[name], KL_FLOOR) for name in ("kl_mean", "kl_p99"))
         axis.plot([mean, p99], [place, place], color=colour, linewidth=1.5, solid_capstyle="butt")
         axis.plot(mean, place, "o", color=colour, markersize=8)
         axis.plot(p99, place, "|", color=colour, markersize=12)
-        exact = result["kl_mean"] <= floor * 10
-        label = "same as full" if exact else f"KL {result['kl_mean']:.3g}, p99 {result['kl_p99']:.3g}"
-        note = f"{label}, top-1 {result['top1']:.1%}, perplexity {result['perplexity']:.1f}"
-        axis.annotate(
-            note, (mean, place), xytext=(0, 9), textcoords="offset points", fontsize=8, color=INK,
-            ha="left" if mean < 3e-3 else "right" if mean > 0.3 else "center",
-        )  # fmt: skip
+        exact = result["kl_mean"] <= KL_FLOOR
+        label = "same as full attention" if exact else f"KL {result['kl_mean']:.3g}, p99 {result['kl_p99']:.3g}"
+        note = f"{label} · top-1 {result['top1']:.1%} · perplexity {result['perplexity']:.2f}"
+        axis.text(0.01, place + 0.22, note, transform=axis.get_yaxis_transform(), fontsize=8, color=INK)
     axis.set_xscale("log")
-    axis.set_xlim(floor / 2, max(10.0, *(result["kl_p99"] * 2 for result in results)))
-    axis.set_xlabel("KL from full attention, nats, log scale: dot = mean, tick = 99th percentile (less is better)")
+    axis.set_xlim(KL_FLOOR / 2, max(10.0, *(result["kl_p99"] * 2 for result in results)))
+    axis.set_xlabel("KL from full attention in nats, log scale (less is better)\ndot: mean, tick: 99th percentile")
     _plain(axis)
+
+
+def _is_dense(result: dict[str, Any]) -> bool:
+    return result["method"].startswith(("full", "stock"))
 
 
 def _plain(axis: Any) -> None:

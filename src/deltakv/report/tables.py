@@ -13,17 +13,17 @@ BASELINE_ORDER = ("full", "stock-static", "stock")
 
 
 def baseline(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The result that others are compared with: full attention on the same machinery, else stock, else the first."""
+    """The result that others are compared with: our own full attention, else stock, else the first."""
     by_name = {result["method"].split(":")[0]: result for result in results}
     return next((by_name[name] for name in BASELINE_ORDER if name in by_name), results[0])
 
 
-def comparison_table(results: Sequence[dict[str, Any]], title: str) -> Table:
+def comparison_table(results: Sequence[dict[str, Any]]) -> Table:
     """Methods as rows. results: as in the JSON of `compare`."""
     from rich.table import Table
 
     base = baseline(results)
-    table = Table(title=title, title_justify="left", header_style="bold")
+    table = Table(header_style="bold")
     table.add_column("method", overflow="fold", min_width=12)
     headings = ["tokens/s", f"vs {base['method']}", "attended", "KL mean", "KL p99", "top-1", "perplexity"]
     headings += ["recall", "KV", "peak"]
@@ -46,18 +46,18 @@ def comparison_table(results: Sequence[dict[str, Any]], title: str) -> Table:
             mebibytes(result["peak_memory_bytes"]),
         )
     table.caption = (
-        "attended: tokens a step and row, over all layers · KL: nats, from full attention · recall: full attention's "
-        "mass inside the pick, mean of the REUSE layers · peak: a fresh process"
+        "attended: tokens a step and row, over all layers · KL: nats, from full attention · "
+        "recall: full attention's mass inside the pick, mean of the REUSE layers · peak: a fresh process"
     )
     table.caption_justify = "left"
     return table
 
 
-def plan_table(rows: Sequence[Sequence[str]], headings: Sequence[str], title: str) -> Table:
+def plan_table(rows: Sequence[Sequence[str]], headings: Sequence[str]) -> Table:
     """A plain table whose first two columns are text and the rest numbers."""
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", header_style="bold")
+    table = Table(header_style="bold")
     for index, heading in enumerate(headings):
         table.add_column(heading, justify="left" if index < 2 else "right", overflow="fold")
     for row in rows:
@@ -65,13 +65,14 @@ def plan_table(rows: Sequence[Sequence[str]], headings: Sequence[str], title: st
     return table
 
 
-def print_table(table: Table) -> None:
-    """To stdout; wide enough to keep numbers whole when it is no terminal."""
+def print_table(table: Table, title: str) -> None:
+    """To stdout under its title; wide enough to keep numbers whole when it is no terminal."""
     from rich.console import Console
 
     console = Console()
     if not console.is_terminal:
         console = Console(width=140)
+    console.print(title, soft_wrap=True, highlight=False, markup=False)
     console.print(table)
 
 

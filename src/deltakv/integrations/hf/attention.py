@@ -28,7 +28,7 @@ class _Inference(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
         raise UnsupportedUseError(
-            "attention through a deltakv cache has no gradient; train without the method applied, or with use_cache=False"
+            "attention through a deltakv cache has no gradient; train with use_cache=False, or unapplied"
         )
 
 

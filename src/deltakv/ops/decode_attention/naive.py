@@ -67,10 +67,10 @@ def decode_attention_stats(
     grouped = q.float().view(rows, n_kv, n_heads // n_kv, dim)
     logits = grouped @ k.transpose(-1, -2) * scale  # [rows, n_kv, heads a KV head, tokens]
     hidden = ~visible.repeat_interleave(heads_a_group, dim=1)[:, :, None]
-    logits = logits.masked_fill(hidden, float("-inf")).view(rows, n_heads, -1)
+    logits = logits.masked_fill(hidden, float("-inf")).view(rows, n_heads, width * page_size)
     lse = torch.logsumexp(logits, dim=-1)
     if sinks is not None:
         lse = torch.logaddexp(lse, sinks.float())
     probabilities = torch.exp(logits - lse[..., None].clamp_min(torch.finfo(torch.float32).min))
-    out = probabilities.view(rows, n_kv, n_heads // n_kv, -1) @ v
+    out = probabilities.view(rows, n_kv, n_heads // n_kv, width * page_size) @ v
     return out.view(rows, n_heads, dim).to(q.dtype), logits, lse

@@ -1,4 +1,4 @@
-"""Page scores on the CPU: each row on its own, over its own pages only, so that neighbours change nothing."""
+"""Page scores on the CPU: rows of one length together, over their own pages only, so that neighbours change nothing."""
 
 from __future__ import annotations
 
@@ -10,12 +10,16 @@ def page_scores(logits: Tensor, lse: Tensor, seq_lens: Tensor, page_size: int) -
     """See `naive.page_scores`."""
     rows, _, tokens = logits.shape
     scores = torch.zeros((rows, tokens // page_size), dtype=torch.float32)
+    of_length: dict[int, list[int]] = {}
     for row, seq_len in enumerate(seq_lens.tolist()):
+        of_length.setdefault(seq_len, []).append(row)
+    for seq_len, chosen in of_length.items():
         if seq_len == 0:
             continue
         pages = -(-seq_len // page_size)
-        probabilities = (logits[row, :, :seq_len] - lse[row, :, None]).exp_()
-        token_scores = torch.zeros(pages * page_size)
-        torch.amax(probabilities, 0, out=token_scores[:seq_len])
-        scores[row, :pages] = token_scores.view(pages, page_size).sum(-1)
+        same = logits if len(chosen) == rows else logits[chosen]
+        probabilities = (same[..., :seq_len] - (lse if len(chosen) == rows else lse[chosen])[..., None]).exp_()
+        token_scores = torch.zeros((len(chosen), pages * page_size))
+        token_scores[:, :seq_len] = probabilities.amax(1)
+        scores[chosen, :pages] = token_scores.view(len(chosen), pages, page_size).sum(-1)
     return scores

@@ -7,10 +7,12 @@ from torch import Tensor
 
 def store_kv(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> None:
     """See `naive.store_kv`."""
-    kept = slots >= 0
-    if not bool(kept.all()):
+    if len(slots) and int(slots.min()) < 0:
+        kept = slots >= 0
         k, v, slots = k[kept], v[kept], slots[kept]
     page_size = k_cache.shape[1]
-    page, offset = slots // page_size, slots % page_size
-    k_cache.index_put_((page, offset), k)
-    v_cache.index_put_((page, offset), v)
+    for cache, new in ((k_cache, k), (v_cache, v)):
+        if cache.stride(0) == page_size * cache.stride(1):  # tokens follow each other across pages
+            cache.flatten(0, 1).index_copy_(0, slots, new)
+        else:
+            cache.index_put_((slots // page_size, slots % page_size), new)

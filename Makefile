@@ -1,0 +1,42 @@
+# `make demo` and `make test` set everything up on a fresh machine: Python 3.11 or 3.12 and a network are all they need.
+
+PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
+VENV ?= .venv
+# Installed first, for a plain `torch` may bring gigabytes of CUDA packages that a CPU does not need. On a machine whose
+# package index has the CUDA build alone: make demo TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+TORCH ?= torch==2.13.0
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip -qq --disable-pip-version-check install
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/.all  ## SmolLM2 answers over a long text, with DELTA beside full attention
+	@$(BIN)/python scripts/demo.py
+
+test: $(VENV)/.dev  ## all tests
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) demo-output
+
+$(VENV)/.torch:
+	@test -n "$(PYTHON)" || { echo "deltakv needs Python 3.11 or 3.12; none was found (set PYTHON=...)"; exit 2; }
+	@echo "setting up $(VENV) with $(PYTHON) (torch and friends, once; some minutes)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) $(TORCH)
+	@touch $@
+
+$(VENV)/.all: $(VENV)/.torch pyproject.toml
+	@$(PIP) --editable '.[all]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.all
+	@$(PIP) --editable '.[dev]'
+	@touch $@

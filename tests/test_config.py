@@ -1,0 +1,170 @@
+"""Methods' configurations: what holds together is kept as given, what does not is refused in plain words."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import deltakv
+from deltakv.config import PAGE_SIZES
+from deltakv.methods import REGISTRY, from_options, parse, selector
+
+
+def test_defaults() -> None:
+    method = deltakv.Delta()
+    assert (method.budget, method.recent, method.sinks, method.page_size) == (1024, 128, 16, 16)
+    assert (method.budget_pages, method.recent_pages, method.sink_pages) == (64, 8, 1)
+    assert method.plan is None
+    # Below the budget nothing is left out, so a smaller threshold would promise what cannot be.
+    assert method.min_context >= method.budget
+
+
+def test_frozen_and_comparable() -> None:
+    method = deltakv.Delta(budget=512)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        method.budget = 256  # type: ignore[misc]
+    assert method == deltakv.Delta(budget=512) != deltakv.Delta()
+    assert hash(method) == hash(deltakv.Delta(budget=512))
+    assert dataclasses.replace(method, budget=1024) == deltakv.Delta()
+    with pytest.raises(deltakv.ConfigError):
+        dataclasses.replace(method, budget=1000)
+
+
+def test_only_by_keyword() -> None:
+    with pytest.raises(TypeError):
+        deltakv.Delta(1024)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("page_size", PAGE_SIZES)
+def test_budgets_count_whole_pages(page_size: int) -> None:
+    method = deltakv.Delta(page_size=page_size, budget=1024, recent=256, sinks=128)
+    assert method.budget_pages * page_size == 1024
+    assert method.recent_pages * page_size == 256
+    assert method.sink_pages * page_size == 128
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"page_size": 8}, r"page_size=8 is not one of \(16, 32, 64, 128\)"),
+        ({"page_size": 0}, "page_size=0"),
+        ({"page_size": "16"}, "page_size='16'"),
+        ({"budget": 1000}, "budget=1000 is not a multiple of the page size 16; the nearest are 992 and 1008"),
+        ({"recent": 100}, "recent=100 is not a multiple of the page size 16; the nearest are 96 and 112"),
+        ({"sinks": 4}, "sinks=4 is not a multiple of the page size 16; the nearest are 0 and 16"),
+        ({"page_size": 128}, "sinks=16 is not a multiple of the page size 128"),
+        ({"budget": 0}, r"budget=0 must be at least 16 tokens \(1 pages\)"),
+        ({"budget": -64}, "budget=-64 must be at least 16"),
+        ({"recent": 0}, "recent=0 must be at least 16"),
+        ({"sinks": -16}, "sinks=-16 must be at least 0"),
+        ({"budget": 64.0}, "budget=64.0 must be a whole number"),
+        ({"budget": True}, "budget=True must be a whole number"),
+        ({"budget": "1024"}, "budget='1024' must be a whole number"),
+        ({"budget": None}, "budget=None must be a whole number"),
+        ({"budget": 128}, "recent=128 and sinks=16 do not fit into budget=128; raise the budget to at least 144"),
+        ({"budget": 64, "recent": 64, "sinks": 16}, "do not fit into budget=64"),
+        ({"min_context": -1}, "min_context=-1 must be a whole number of tokens, 0 or more"),
+        ({"min_context": 0.5}, "min_context=0.5"),
+        ({"min_context": False}, "min_context=False"),
+    ],
+    ids=str,
+)
+def test_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(deltakv.ConfigError, match=message):
+        deltakv.Delta(**options)
+
+
+def test_edges_are_allowed() -> None:
+    assert deltakv.Delta(budget=16, recent=16, sinks=0).budget_pages == 1
+    assert deltakv.Delta(budget=144, recent=128, sinks=16).budget_pages == 9
+    assert deltakv.Delta(min_context=0).min_context == 0
+
+
+@given(
+    budget=st.integers(-32, 400),
+    recent=st.integers(-32, 400),
+    sinks=st.integers(-32, 400),
+    page_size=st.sampled_from(PAGE_SIZES),
+)
+def test_whatever_is_accepted_holds_together(budget: int, recent: int, sinks: int, page_size: int) -> None:
+    """Accepted exactly if all are whole pages, recent at least one, sinks at least none, and both fit the budget."""
+    good = (
+        not (budget % page_size or recent % page_size or sinks % page_size)
+        and recent >= page_size
+        and sinks >= 0
+        and recent + sinks <= budget
+    )
+    try:
+        method = deltakv.Delta(budget=budget, recent=recent, sinks=sinks, page_size=page_size)
+    except deltakv.ConfigError:
+        assert not good
+    else:
+        assert good
+        assert method.recent_pages + method.sink_pages <= method.budget_pages
+
+
+def test_full_takes_no_plan() -> None:
+    assert str(deltakv.Full().layer_plan(5)) == "FFFFF"
+    with pytest.raises(deltakv.ConfigError, match="takes no plan"):
+        deltakv.Full(plan="FFF")
+    with pytest.raises(TypeError):
+        deltakv.Full(budget=64)  # type: ignore[call-arg]
+
+
+def test_errors_are_value_errors() -> None:
+    for error in (
+        deltakv.ConfigError,
+        deltakv.InputError,
+        deltakv.MaskError,
+        deltakv.PlanError,
+        deltakv.UnsupportedModelError,
+        deltakv.UnsupportedUseError,
+    ):
+        assert issubclass(error, deltakv.DeltaKVError) and issubclass(error, ValueError)
+
+
+class TestByName:
+    """As a command line or a server's config writes them."""
+
+    def test_every_method_has_its_name_and_selector(self) -> None:
+        assert set(REGISTRY) == {"delta", "full"}
+        for name, config in REGISTRY.items():
+            assert config.algorithm == name
+            assert selector(config()) is not None
+
+    def test_parse(self) -> None:
+        assert parse("full") == deltakv.Full()
+        assert parse("delta") == deltakv.Delta()
+        assert parse(" delta: budget = 512 ,sinks=0,plan=FFSRRR ") == deltakv.Delta(budget=512, sinks=0, plan="FFSRRR")
+        assert parse("delta:budget=2_048,") == deltakv.Delta(budget=2048)
+        assert parse("full:page_size=64") == deltakv.Full(page_size=64)
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("quest", "unknown method 'quest'; allowed are delta, full"),
+            ("", "unknown method ''"),
+            ("delta:budgets=512", "method 'delta' has no option 'budgets'; allowed are .*budget"),
+            ("full:budget=512", "method 'full' has no option 'budget'"),
+            ("delta:budget", "'budget' in method 'delta:budget' is not of the form option=value"),
+            ("delta:budget=", "is not of the form option=value"),
+            ("delta:budget=many", "budget='many' in method .* is not a whole number"),
+            ("delta:budget=1e3", "budget='1e3' .* is not a whole number"),
+            ("delta:budget=512,budget=512", "gives the option 'budget' twice"),
+            ("delta:budget=1000", "budget=1000 is not a multiple"),
+            ("full:plan=FF", "takes no plan"),
+        ],
+        ids=str,
+    )
+    def test_refused(self, text: str, message: str) -> None:
+        with pytest.raises(deltakv.ConfigError, match=message):
+            parse(text)
+
+    def test_from_options(self) -> None:
+        assert from_options("delta", {"budget": 256, "recent": 32}) == deltakv.Delta(budget=256, recent=32)
+        with pytest.raises(deltakv.ConfigError, match="algorithm"):
+            from_options("delta", {"algorithm": "full"})
