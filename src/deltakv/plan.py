@@ -73,6 +73,8 @@ class LayerPlan:
         path = Path(path)
         try:
             data: Any = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise PlanError(f"plan file {path} does not exist") from None
         except OSError as error:
             raise PlanError(f"plan file {path} cannot be read: {error.strerror}") from None
         except (json.JSONDecodeError, UnicodeDecodeError) as error:

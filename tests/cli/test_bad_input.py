@@ -115,6 +115,21 @@ def test_missing_model(run: Run, tmp_path: Path) -> None:
     refused(run("generate", "hello", "--model", "nowhere.gguf"), "does not exist")
 
 
+def test_hub_that_cannot_be_reached(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("We couldn't connect to 'https://huggingface.co' to load the files,\nand ...")
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", fail)
+    refused(run("generate", "hello", "--model", "owner/name"), "cannot load owner/name", "cannot be reached")
+
+
+def test_no_command_shows_help(run: Run) -> None:
+    result = run()
+    assert result.code == 2 and "generate" in result.out and "Traceback" not in result.err
+
+
 def test_file_that_is_no_gguf(run: Run, tmp_path: Path) -> None:
     file = tmp_path / "model.gguf"
     file.write_text("GGML", encoding="utf-8")

@@ -159,7 +159,7 @@ def test_one_prefill_for_many_methods(model_of: Any, kind: str) -> None:
         with deltakv.apply(model, method) as handle:
             expected.append(evaluate(model, handle, row, 100, [30])[0])
     with deltakv.apply(model, deltakv.Full()) as handle, torch.no_grad():
-        cache = handle.new_cache()
+        cache = handle.new_cache(croppable=True)
         model(row[None, :100], past_key_values=cache)
     for method, logits in zip(methods, expected, strict=True):
         with deltakv.apply(model, method) as handle, torch.no_grad():

@@ -88,7 +88,7 @@ def _run(args: argparse.Namespace) -> dict[str, int]:
             else:
                 runners.repeat_rows(cache, args.batch)
         decode(cache)
-        kv_bytes = runners.StaticRunner("", cache).kv_bytes()
+        kv_bytes = runners.layer_bytes(cache)
     else:
         import deltakv
 

@@ -23,6 +23,25 @@ BASELINES = ("stock", "stock-static")
 PREFILL_CHUNK = 2048
 
 
+class Checkpoint:
+    """Where a `PagedCache` or `DynamicCache` is now, to come back to as often as wanted."""
+
+    def __init__(self, cache: Any) -> None:
+        self._cache = cache
+        self._length = cache.get_seq_length()
+        # A window drops what it has passed and cannot be cropped back; but an update makes new tensors and leaves
+        # the old ones alone, so a shallow copy holds all that it was.
+        self._windows = {i: copy.copy(layer) for i, layer in enumerate(cache.layers) if layer.is_sliding}
+
+    def restore(self) -> None:
+        """Drops all tokens since."""
+        cache, layers = self._cache, self._cache.layers
+        added = cache.get_seq_length() - self._length
+        cache.layers = [layer for layer in layers if not layer.is_sliding]
+        cache.crop(-added)
+        cache.layers = [copy.copy(self._windows[i]) if i in self._windows else layer for i, layer in enumerate(layers)]
+
+
 class Runner(Protocol):
     """name: as the user wrote the method. cache: prefilled, to be passed as `past_key_values`."""
 
@@ -33,8 +52,8 @@ class Runner(Protocol):
         """A context in which the model decodes this way; gives the handle, or None for stock."""
         ...
 
-    def rewind(self, steps: int) -> None:
-        """Drops the last `steps` tokens."""
+    def rewind(self) -> None:
+        """Drops all tokens that were decoded."""
         ...
 
     def kv_bytes(self) -> int:
@@ -47,14 +66,15 @@ class MethodRunner:
 
     def __init__(self, name: str, model: Any, method: Method, cache: Any) -> None:
         self.name, self.model, self.method, self.cache = name, model, method, cache
+        self._start = Checkpoint(cache)
 
     @contextmanager
     def open(self) -> Iterator[Any]:
         with deltakv.apply(self.model, self.method) as handle:
             yield handle
 
-    def rewind(self, steps: int) -> None:
-        self.cache.crop(-steps)
+    def rewind(self) -> None:
+        self._start.restore()
 
     def kv_bytes(self) -> int:
         return self.cache.kv_bytes
@@ -65,18 +85,17 @@ class StockRunner:
 
     def __init__(self, name: str, cache: Any) -> None:
         self.name, self.cache = name, cache
-        # An update makes new tensors and leaves the old ones alone, so shallow copies are a full snapshot.
-        self._start = [copy.copy(layer) for layer in cache.layers]
+        self._start = Checkpoint(cache)
 
     @contextmanager
     def open(self) -> Iterator[None]:
         yield None
 
-    def rewind(self, steps: int) -> None:
-        self.cache.layers = [copy.copy(layer) for layer in self._start]
+    def rewind(self) -> None:
+        self._start.restore()
 
     def kv_bytes(self) -> int:
-        return _layer_bytes(self.cache)
+        return layer_bytes(self.cache)
 
 
 class StaticRunner:
@@ -84,29 +103,25 @@ class StaticRunner:
 
     def __init__(self, name: str, cache: Any) -> None:
         self.name, self.cache = name, cache
+        self._length = int(cache.get_seq_length())
 
     @contextmanager
     def open(self) -> Iterator[None]:
         yield None
 
-    def rewind(self, steps: int) -> None:
+    def rewind(self) -> None:
         for layer in self.cache.layers:
-            layer.cumulative_length.sub_(steps)
+            layer.cumulative_length.fill_(self._length)
 
     def kv_bytes(self) -> int:
-        return _layer_bytes(self.cache)
+        return layer_bytes(self.cache)
 
 
 def prefill(model: Any, cache: Any, ids: Tensor, advance: Callable[[int], None] = lambda tokens: None) -> None:
-    """Runs `ids` [1, tokens] into `cache`, chunk by chunk, and readies it to be rewound.
-
-    advance: hears of the tokens done.
-    """
+    """Runs `ids` [1, tokens] into `cache`, chunk by chunk. `advance` hears of the tokens done."""
     for chunk in ids.split(PREFILL_CHUNK, dim=1):
         model(chunk.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
         advance(chunk.shape[1])
-    # Layers with a sliding window drop what they have passed, unless told that a crop may follow.
-    cache.activate_past_recording()
 
 
 def repeat_rows(cache: Any, batch: int) -> None:
@@ -150,6 +165,7 @@ def static_cache(config: Any, dynamic: Any, batch: int, max_length: int) -> Any:
     return static
 
 
-def _layer_bytes(cache: Any) -> int:
+def layer_bytes(cache: Any) -> int:
+    """Bytes of K and V in a cache of transformers."""
     tensors = [t for layer in cache.layers for t in (layer.keys, layer.values) if t is not None]
     return sum(t.numel() * t.element_size() for t in tensors)

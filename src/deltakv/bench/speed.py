@@ -62,7 +62,7 @@ def measure_speed(
                 taken = _decode(model, runners[index].cache, first, BLOCK + 1)
                 if handle is not None:
                     counts[index].append((handle.stats.attended_per_row_step, handle.stats.full_per_row_step))
-            runners[index].rewind(BLOCK + 1)
+            runners[index].rewind()
             # The first turn of all warms everything up.
             seconds[index] += taken[1:] if turn else []
             advance(1)

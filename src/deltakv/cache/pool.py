@@ -64,4 +64,6 @@ def _head_major(shape: tuple[int, ...], like: Tensor) -> Tensor:
     tokens whose heads alternate (the flash kernel over 8,000 tokens, 3 heads of 64, fp32).
     """
     n_pages, page_size, n_kv, dim = shape
-    return torch.empty((n_kv, n_pages, page_size, dim), dtype=like.dtype, device=like.device).permute(1, 2, 0, 3)
+    with torch.inference_mode(False):  # a pool made in inference mode could not be written outside of it
+        memory = torch.empty((n_kv, n_pages, page_size, dim), dtype=like.dtype, device=like.device)
+    return memory.permute(1, 2, 0, 3)

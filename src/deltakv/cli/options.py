@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 Model = Annotated[
     str, typer.Option("--model", "-m", help="A folder, a Hub name (owner/name), a GGUF file, or smollm2.")
 ]
-METHOD_HELP = "A method with options, such as full or delta:budget=512,recent=64,sinks=16,plan=FFSRRR."
+METHOD_HELP = (
+    "full or delta; options follow, as in delta:budget=512 (also recent, sinks, page_size, min_context, plan)."
+)
 OneMethod = Annotated[str, typer.Option("--method", help=METHOD_HELP)]
 TextFile = Annotated[
     Path | None,

@@ -150,7 +150,6 @@ class Comparison:
         if isinstance(method, str):
             # Both baselines compute the same; only where K and V lie differs.
             cache = runners.dynamic_cache(self.model.config, self._caches[self._main_page_size])
-            cache.activate_past_recording()
             return measure(self.model, cache, ids, targets, against, None, advance)
         with deltakv.apply(self.model, method) as handle:
             return measure(self.model, self._caches[method.page_size], ids, targets, against, handle, advance)

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deltakv.bench.runners import Checkpoint
+
 #: Positions a forward: enough to feed the GEMMs, few enough that logits over a large vocabulary stay small.
 CHUNK = 64
 
@@ -100,13 +102,11 @@ def measure(
 
 def _logits(model: Any, cache: Any, ids: Tensor, advance: Advance) -> Iterator[Tensor]:
     """fp32 logits [positions, vocabulary] of each chunk, on the CPU; crops the cache back at the end."""
-    done = 0
+    start = Checkpoint(cache)
     try:
         for chunk in ids.split(CHUNK, dim=1):
             out = model(chunk.to(model.device), past_key_values=cache, use_cache=True)
-            done += chunk.shape[1]
             yield out.logits[0].float().cpu()
             advance(chunk.shape[1])
     finally:
-        if done:
-            cache.crop(-done)
+        start.restore()

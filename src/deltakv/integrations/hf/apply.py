@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import itertools
+import threading
 import weakref
 from collections.abc import Iterator
 from types import TracebackType
@@ -27,7 +28,7 @@ from deltakv.methods import selector
 from deltakv.plan import LayerPlan
 
 _numbers = itertools.count(1)
-_applied: weakref.WeakKeyDictionary[PreTrainedModel, Handle] = weakref.WeakKeyDictionary()
+_applied: weakref.WeakKeyDictionary[PreTrainedModel, weakref.ref[Handle]] = weakref.WeakKeyDictionary()
 
 #: Entry points of transformers' continuous batching, which replaces any custom attention in silence.
 _CONTINUOUS_BATCHING = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
@@ -53,9 +54,10 @@ class Handle:
 
     def __init__(self, model: PreTrainedModel, method: Method) -> None:
         shape = model_shape(model.config)
-        if model in _applied:
+        other = _applied[model]() if model in _applied else None
+        if other is not None:
             raise UnsupportedUseError(
-                f"{_applied[model].method} is already applied to this model; remove it first (handle.remove(), "
+                f"{other.method} is already applied to this model; remove it first (handle.remove(), "
                 "or leave the `with` block)"
             )
         self.model = model
@@ -66,6 +68,7 @@ class Handle:
         self._windows = shape.windows
         self._selector = selector(method)
         self._cache: weakref.ref[PagedCache] | None = None
+        self._thread: int | None = None
         roles = dict(zip(self.planned_layers, self.plan.roles, strict=True))
         self._attention = PagedAttention(roles, self._selector, model.config._attn_implementation)
         self._undo = contextlib.ExitStack()
@@ -78,9 +81,21 @@ class Handle:
         """The cache of the last forward, as long as someone holds it."""
         return None if self._cache is None else self._cache()
 
-    def new_cache(self, max_length: int | None = None) -> PagedCache:
-        """A cache to pass as `past_key_values`. max_length: the tokens a row is expected to reach."""
-        return PagedCache(self._windows, self.method.page_size, max_length)
+    def new_cache(self, max_length: int | None = None, *, croppable: bool = False) -> PagedCache:
+        """A cache to pass as `past_key_values`.
+
+        max_length: the tokens a row is expected to reach. croppable: layers with a sliding window keep what `crop`
+        would need to go back to, up to the next `crop` (other layers can always be cropped).
+        """
+        cache = PagedCache(self._windows, self.method.page_size, max_length)
+        if croppable:
+            cache.activate_past_recording()
+        return cache
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Handle:
+        raise UnsupportedUseError(
+            f"{self.method} is applied to this model, and a copy would not work; remove it before copying the model"
+        )
 
     @contextlib.contextmanager
     def positions(self, *, picks: bool = False, recall: bool = False) -> Iterator[Trace]:
@@ -113,7 +128,7 @@ class Handle:
     def _install(self, undo: contextlib.ExitStack) -> None:
         """Everything that `remove` undoes, in reverse."""
         model, name = self.model, f"deltakv_{next(_numbers)}"
-        _applied[model] = self
+        _applied[model] = weakref.ref(self)
         undo.callback(_applied.pop, model, None)
 
         # A name of its own for each handle: nothing is looked up at run time, and compiled code that has seen
@@ -125,10 +140,10 @@ class Handle:
         undo.callback(setattr, model.config, "_attn_implementation", model.config._attn_implementation)
         model.config._attn_implementation = name
 
-        inner = model.base_model
+        inner = model.get_decoder()  # where the layers are; OPT calls it past its base model
         self._parameters = list(inspect.signature(type(inner).forward).parameters)[1:]
         undo.callback(inner.register_forward_pre_hook(self._before, with_kwargs=True).remove)
-        undo.callback(inner.register_forward_hook(self._after).remove)
+        undo.callback(inner.register_forward_hook(self._after, always_call=True).remove)
 
         self._override(undo, "_prepare_cache_for_generation", self._prepare_cache)
         for entry in _CONTINUOUS_BATCHING:
@@ -201,6 +216,12 @@ class Handle:
         inputs = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
         if inputs is None:
             raise UnsupportedUseError("the model was called without input_ids or inputs_embeds")
+        if self._thread not in (None, threading.get_ident()):
+            raise UnsupportedUseError(
+                "this model is in the middle of a forward in another thread; a model with a method applied takes one "
+                "forward at a time (batch the prompts, or use a lock)"
+            )
+        self._thread = threading.get_ident()
         cache.begin(inputs.shape[0], inputs.shape[1], kwargs.get("attention_mask"))
         self._attention.cache = cache
         self._cache = weakref.ref(cache)
@@ -208,14 +229,21 @@ class Handle:
 
     @torch.compiler.disable
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """After the model's layers: the step counts."""
-        cache, self._attention.cache = self._attention.cache, None
+        """After the model's layers: the step counts. A forward that failed (no output) leaves the cache as it was."""
+        if self._thread != threading.get_ident():  # a forward that was refused because of another thread's
+            return
+        cache, self._attention.cache, self._thread = self._attention.cache, None, None
+        positions = self._attention.positions
         if cache is None:
+            return
+        if output is None:
+            cache.abort()
+            if positions is not None:
+                positions.abort()
             return
         step = cache.state.step
         assert step is not None
-        positions = self._attention.positions
-        if step.decode:
+        if step.decode and positions is None:
             self.stats.add(self.plan, step.seq_lens[:, 0], [pick.seq_lens[:, 0] for pick in step.picks])
             if self.stats.record_picks:
                 number = self.stats.steps - 1
@@ -223,9 +251,7 @@ class Handle:
         elif positions is not None and step.onto_past:
             spans = zip(step.append.past, step.append.lengths, strict=True)
             seq_lens = torch.cat([torch.arange(past + 1, end + 1, dtype=torch.int32) for past, end in spans])
-            kept = [torch.cat(positions.kept_tokens[layer]) for layer in sorted(positions.kept_tokens)]
-            positions.kept_tokens.clear()
-            self.stats.add(self.plan, seq_lens, kept)
+            self.stats.add(self.plan, seq_lens, positions.commit())
         cache.commit()
 
     def _check_cache(self, cache: Any) -> None:

@@ -11,7 +11,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from deltakv.errors import UnsupportedUseError
-from deltakv.integrations.hf.cache import PagedCache, Pick, Step
+from deltakv.integrations.hf.cache import PagedCache, Pick, Step, as_autocast
 from deltakv.integrations.hf.positions import Positions
 from deltakv.methods import Selector, SoftmaxStats
 from deltakv.ops import decode_attention, decode_attention_stats, prefill_attention, row_kv
@@ -73,10 +73,11 @@ class PagedAttention:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         sinks = kwargs.get("s_aux")
         with torch.no_grad():
-            if step.decode:
-                out = self._decode(step, layer, role, query[:, :, 0], scale, sinks)[:, None]
-            elif self.positions is not None and step.onto_past:
+            query, key, value = (as_autocast(x) for x in (query, key, value))
+            if self.positions is not None and step.onto_past:
                 out = self._evaluate(step, layer, role, query, scale, sinks)
+            elif step.decode:
+                out = self._decode(step, layer, role, query[:, :, 0], scale, sinks)[:, None]
             else:
                 out = self._prefill(step, layer, query, key, value, scale, sinks)
         if torch.is_grad_enabled() and query.requires_grad:

@@ -87,6 +87,12 @@ class State:
     step: Step | None = None
 
 
+def as_autocast(x: Tensor) -> Tensor:
+    """`x` as autocast would hand it to attention; as it is, where autocast is off."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
 class PagedLayer(CacheLayerMixin):
     """One layer's view of the cache. `update` stores the new K and V and gives back just these: attention reads
     the pool itself."""
@@ -112,6 +118,7 @@ class PagedLayer(CacheLayerMixin):
                 "this cache belongs to deltakv, and no method is applied to the model; use it inside "
                 "`with deltakv.apply(model, method)`, or start anew without past_key_values"
             )
+        key_states, value_states = as_autocast(key_states), as_autocast(value_states)
         k_pool, v_pool = self._state.kv.pool.ensure_layer(self.index, key_states)
         k = key_states.detach().transpose(1, 2).flatten(0, 1)
         v = value_states.detach().transpose(1, 2).flatten(0, 1)
@@ -144,6 +151,7 @@ class PagedCache(Cache):
         ]
         super().__init__(layers=layers)
         self.windows = tuple(windows)
+        self._before: list[dict[str, Any]] = []
         if max_length is not None:
             self.kv.reserve(max_length)
 
@@ -172,6 +180,7 @@ class PagedCache(Cache):
 
         A step that was begun and never committed (its forward failed) is forgotten.
         """
+        self.abort()
         columns = self.state.columns if self.state.columns is not None else Columns(batch)
         if len(columns.real) != batch:
             raise UnsupportedUseError(
@@ -182,6 +191,7 @@ class PagedCache(Cache):
             self.state.columns = columns = after.cropped(width)
             self.kv.truncate(columns.counts())
         append = self.kv.begin(real.sum(1).tolist())
+        self._before = [dict(layer.__dict__) for layer in self._windowed()]  # their updates replace tensors
         slots = torch.full((batch, width), -1, dtype=torch.long)
         slots[real] = torch.tensor([slot for row in append.slots for slot in row], dtype=torch.long)
         self.state.step = Step(
@@ -197,6 +207,16 @@ class PagedCache(Cache):
         )
         return self.state.step
 
+    def abort(self) -> None:
+        """Forgets a step that did not come through. Windowed layers, which count as they go, go back to before it."""
+        if self.state.step is None:
+            return
+        for layer, before in zip(self._windowed(), self._before, strict=True):
+            layer.__dict__.update(before)
+        if self.state.columns is None:  # it was the first one: not even the batch size is decided
+            self.kv.clear()
+        self.state.step = None
+
     def commit(self) -> None:
         """The forward came through: its tokens count from now on."""
         step = self.state.step
@@ -204,16 +224,22 @@ class PagedCache(Cache):
         self.kv.commit(step.append)
         self.state.columns = step.columns
         self.state.step = None
+        self._before = []
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns so far, padding included; the same for every layer."""
+        return self.state.columns.seen if self.state.columns is not None else 0
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drops the last columns: `-n` drops n; a positive number is the length to keep (transformers before 5.2x)."""
+        self.abort()
+        for layer in self._windowed():  # first, because a window that has forgotten refuses
+            layer.crop(tokens_to_remove)
         seen = self.get_seq_length()
         drop = -tokens_to_remove if tokens_to_remove <= 0 else max(seen - tokens_to_remove, 0)
         if self.state.columns is not None and drop:
             self.state.columns = self.state.columns.cropped(drop)
             self.kv.truncate(self.state.columns.counts())
-        for layer in self._windowed():
-            layer.crop(tokens_to_remove)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes a copy of row `beam_idx[i]`; pages are shared until written."""

@@ -27,11 +27,21 @@ class Trace:
     picks: for each SELECT layer one int tensor a position, its logical pages (all of them for a dense row); filled
         if `positions(picks=True)`.
     recall: for each REUSE layer the mass of full attention inside the pick, mean over heads and positions; filled
-        if `positions(recall=True)`. Positions whose row is dense count with all of their mass.
+        if `positions(recall=True)`. A dense row's pick holds all of it; the mass of learned sinks does not count.
     """
 
     picks: dict[int, list[Tensor]] = field(default_factory=dict)
     recall: dict[int, float] = field(default_factory=dict)
+
+
+@dataclass
+class _Seen:
+    """What one forward has seen so far. kept_tokens: by SELECT layer, the tokens of each position's pick, by block;
+    recall: by REUSE layer, the sum over heads and positions, and how many they are."""
+
+    kept_tokens: dict[int, list[Tensor]] = field(default_factory=dict)
+    picks: dict[int, list[Tensor]] = field(default_factory=dict)
+    recall: dict[int, tuple[float, int]] = field(default_factory=dict)
 
 
 class Positions:
@@ -43,10 +53,24 @@ class Positions:
         self._page_size = page_size
         self._want_picks, self._want_recall = picks, recall
         self._kept: dict[int, Tensor] = {}
-        self._recall_sum: dict[int, float] = {}
-        self._recall_count: dict[int, int] = {}
-        #: Tokens each position's REUSE layers attend to, by SELECT layer, of the step under way.
-        self.kept_tokens: dict[int, list[Tensor]] = {}
+        self._recall: dict[int, tuple[float, int]] = {}
+        self._step = _Seen()
+
+    def commit(self) -> list[Tensor]:
+        """The forward came through: what it saw counts. Returns the tokens that each position's REUSE layers attended
+        to, one int32 [positions] a SELECT layer, in order."""
+        step, self._step = self._step, _Seen()
+        for layer, picks in step.picks.items():
+            self.trace.picks.setdefault(layer, []).extend(picks)
+        for layer, (mass, count) in step.recall.items():
+            old_mass, old_count = self._recall.get(layer, (0.0, 0))
+            self._recall[layer] = (old_mass + mass, old_count + count)
+            self.trace.recall[layer] = self._recall[layer][0] / self._recall[layer][1]
+        return [torch.cat(step.kept_tokens[layer]) for layer in sorted(step.kept_tokens)]
+
+    def abort(self) -> None:
+        """The forward failed: forgets what it saw."""
+        self._step = _Seen()
 
     def attend(
         self,
@@ -85,9 +109,9 @@ class Positions:
             rows = torch.arange(start, stop, device=q.device)[:, None].expand_as(listed)
             kept[rows[listed], picks.pages.long()[listed]] = True
             missing = -seq_lens % self._page_size
-            self.kept_tokens.setdefault(layer, []).append(picks.n_kept * self._page_size - missing)
+            self._step.kept_tokens.setdefault(layer, []).append(picks.n_kept * self._page_size - missing)
         if self._want_picks:
-            self.trace.picks.setdefault(layer, []).extend(row.nonzero().flatten().cpu() for row in kept)
+            self._step.picks.setdefault(layer, []).extend(row.nonzero().flatten().cpu() for row in kept)
         return kept
 
     def _add_recall(self, layer: int, q: Tensor, k: Tensor, scale: float, sinks: Tensor | None, kept: Tensor) -> None:
@@ -97,7 +121,6 @@ class Positions:
             end = tokens - m + stop
             logits, lse = chunk_logits(q[start:stop], k[:end], scale, sinks, self._page_size)
             mass = torch.exp(logits - lse[..., None]).unflatten(-1, (-1, self._page_size)).sum(-1)
-            inside = (mass * kept[start:stop, None, : mass.shape[-1]]).sum(-1)
-            self._recall_sum[layer] = self._recall_sum.get(layer, 0.0) + float(inside.double().sum())
-            self._recall_count[layer] = self._recall_count.get(layer, 0) + inside.numel()
-        self.trace.recall[layer] = self._recall_sum[layer] / self._recall_count[layer]
+            inside = (mass * kept[start:stop, None, : mass.shape[-1]]).sum(-1) / mass.sum(-1)
+            total, count = self._step.recall.get(layer, (0.0, 0))
+            self._step.recall[layer] = (total + float(inside.double().sum()), count + inside.numel())

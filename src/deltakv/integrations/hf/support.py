@@ -75,9 +75,11 @@ def model_shape(config: Any) -> ModelShape:
         raise UnsupportedModelError(f"{refused}: ALiBi biases are not covered")
     if getattr(config, "use_bidirectional_attention", False) or not getattr(config, "is_causal", True):
         raise UnsupportedModelError(f"{refused}: its attention is bidirectional, and decoding needs a causal model")
-    windows = tuple(_window(config, index) for index in range(config.num_hidden_layers))
     if name not in SUPPORTED:
-        raise UnsupportedModelError(f"{refused}; covered and tested are {', '.join(SUPPORTED)}")
+        kinds = sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"})
+        why = f": its layers include {', '.join(kinds)}" if kinds else ""
+        raise UnsupportedModelError(f"{refused}{why}; covered and tested are {', '.join(SUPPORTED)}")
+    windows = tuple(_window(config, index) for index in range(config.num_hidden_layers))
     if all(window is not None for window in windows):
         raise UnsupportedModelError(
             f"{refused} with this config: every layer has a sliding window ({windows[0]} tokens), "

@@ -47,8 +47,8 @@ def _gather(name: str, heads: Tensor, tables: Tensor) -> Tensor:
         index = tables[:, None] + torch.arange(0, n_kv * n_pages, n_pages, dtype=torch.int32)[:, None]
         torch.index_select(heads.view(n_kv * n_pages, -1), 0, index.flatten(), out=out.view(rows * n_kv * count, -1))
     else:
-        for row, table in zip(out, tables, strict=True):
-            torch.index_select(heads, 1, table, out=row)
+        for row, table in zip(out, tables, strict=True):  # index_select would copy the pool to make it contiguous
+            row.copy_(heads.permute(1, 2, 0, 3)[table.long()].permute(2, 0, 1, 3))
     return out.flatten(2, 3)
 
 
@@ -97,7 +97,8 @@ def _groups(table: Tensor, seq_lens: Tensor, page_size: int) -> list[_Group]:
     All layers of a step share their tables, so the last answers are kept for as long as the tensors live.
     """
     kept: list[tuple[object, object, object, list[_Group]]] = _local.__dict__.setdefault("groups", [])
-    version = (table._version, seq_lens._version, page_size) if not table.is_inference() else None
+    tracked = not (table.is_inference() or seq_lens.is_inference())
+    version = (table._version, seq_lens._version, page_size) if tracked else None
     for known_table, known_lens, known_version, groups in kept:
         if known_table() is table and known_lens() is seq_lens and version is not None and known_version == version:  # type: ignore[operator]
             return groups
