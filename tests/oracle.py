@@ -210,6 +210,9 @@ class DenseDelta:
         layer, role = module.layer_idx, self.roles.get(module.layer_idx)
         assert (role is None) == (sliding_window is not None), f"layer {layer}: role {role}, window {sliding_window}"
 
+        device = query.device
+        query, key, value = query.cpu(), key.cpu(), value.cpu()
+        s_aux = None if s_aux is None else s_aux.cpu()
         groups = query.shape[1] // key.shape[1]
         q = query[0].double()
         k, v = (x[0].double().repeat_interleave(groups, dim=0) for x in (key, value))
@@ -229,7 +232,7 @@ class DenseDelta:
             self._run.attended += int(visible[decode].sum())
             self._run.full += int((at[decode] + 1).sum())
         out = _softmax(logits, visible, s_aux) @ v
-        return out.transpose(0, 1)[None].to(query.dtype), None
+        return out.transpose(0, 1)[None].to(device, query.dtype), None
 
     def _select(self, layer: int, q: Tensor, k: Tensor, scale: float, sinks: Tensor | None) -> None:
         """Every decode position picks from its own query; q [n_heads, T, d], k [n_kv, T, d]."""

@@ -135,6 +135,22 @@ class PagedLayer(CacheLayerMixin):
         return -1
 
 
+class WindowedLayer(DynamicSlidingWindowLayer):
+    """transformers' own cache of a layer with a sliding window, with two things that its 5.17 lacks."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """As the parent, cut to what the mask covers, also while the past is recorded for `crop`."""
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        visible = self.sliding_window - 1 + key_states.shape[-2]
+        return keys[:, :, -visible:], values[:, :, -visible:]
+
+    def reset(self) -> None:
+        """Forgets its tokens (5.17 keeps zeros in their place)."""
+        self.keys = self.values = None
+        self.is_initialized = False
+        self.cumulative_length = 0
+
+
 class PagedCache(Cache):
     """The KV cache of a model under a method: rows in a paged pool, stored without padding.
 
@@ -146,7 +162,7 @@ class PagedCache(Cache):
     def __init__(self, windows: Sequence[int | None], page_size: int, max_length: int | None = None) -> None:
         self.state = State(PagedKV(len(windows), page_size))
         layers = [
-            PagedLayer(self.state, index) if window is None else DynamicSlidingWindowLayer(sliding_window=window)
+            PagedLayer(self.state, index) if window is None else WindowedLayer(sliding_window=window)
             for index, window in enumerate(windows)
         ]
         super().__init__(layers=layers)
@@ -170,8 +186,9 @@ class PagedCache(Cache):
         windowed = sum(
             tensor.nbytes
             for layer in self.layers
-            if isinstance(layer, DynamicSlidingWindowLayer) and layer.is_initialized
+            if isinstance(layer, WindowedLayer)
             for tensor in (layer.keys, layer.values)
+            if tensor is not None
         )
         return self.kv.nbytes + windowed
 
@@ -278,5 +295,5 @@ class PagedCache(Cache):
             self.kv.rearrange(indices)
             self.state.columns = self.state.columns.rearranged(indices)
 
-    def _windowed(self) -> list[DynamicSlidingWindowLayer]:
-        return [layer for layer in self.layers if isinstance(layer, DynamicSlidingWindowLayer)]
+    def _windowed(self) -> list[WindowedLayer]:
+        return [layer for layer in self.layers if isinstance(layer, WindowedLayer)]
