@@ -138,6 +138,9 @@ class PagedLayer(CacheLayerMixin):
 class WindowedLayer(DynamicSlidingWindowLayer):
     """transformers' own cache of a layer with a sliding window, with two things that its 5.17 lacks."""
 
+    keys: Any
+    values: Any
+
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """As the parent, cut to what the mask covers, also while the past is recorded for `crop`."""
         keys, values = super().update(key_states, value_states, *args, **kwargs)
