@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
+import threading
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -94,15 +96,48 @@ def test_removing_inside_the_block(model_of: Any) -> None:
             assert second.stats.steps == 2
 
 
-def test_interrupted_by_the_keyboard(model_of: Any) -> None:
-    def interrupt(*_: Any) -> None:
+def interrupt(model: Any, call: Callable[[], Any]) -> None:
+    """Ctrl-C in the middle of a forward: not an `Exception`, so hooks that run "always" do not run."""
+
+    def press(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    model = model_of("llama")
-    hook = model.model.layers[2].register_forward_pre_hook(interrupt)
-    with pytest.raises(KeyboardInterrupt), deltakv.apply(model, METHOD):
-        greedy(model, ragged(20), 3)
+    hook = model.model.layers[2].register_forward_pre_hook(press)
+    with pytest.raises(KeyboardInterrupt):
+        call()
     hook.remove()
+
+
+def test_interrupted_by_the_keyboard(model_of: Any) -> None:
+    """In a notebook: the block is left, and the cache that the forward was writing to is refused by the stock model."""
+    model, batch = model_of("llama"), ragged(20)
+    stock = greedy(model, batch, 3)
+    with deltakv.apply(model, METHOD), torch.no_grad():
+        cache = model(tokens(20)[None]).past_key_values
+        interrupt(model, lambda: model(tokens(1)[None], past_key_values=cache))
+    assert torch.equal(greedy(model, batch, 3).logits, stock.logits)
+    with pytest.raises(deltakv.UnsupportedUseError, match="no method is applied"):
+        model(tokens(1)[None], past_key_values=cache)
+
+
+def test_interrupted_and_then_used_from_another_thread(model_of: Any) -> None:
+    """A cell is interrupted; the next one streams, for which `generate` runs in a thread."""
+    model, batch, results = model_of("llama"), ragged(90), []
+    with deltakv.apply(model, METHOD):
+        expected = greedy(model, batch, 4)
+        interrupt(model, lambda: greedy(model, batch, 4))
+
+        def generate() -> None:
+            try:
+                results.append(greedy(model, batch, 4))
+            except Exception as error:
+                results.append(error)
+
+        thread = threading.Thread(target=generate)
+        thread.start()
+        thread.join()
+        assert not isinstance(results[0], Exception), repr(results[0])
+        assert_same_generation(results[0], expected)
 
 
 def test_apply_that_fails_half_way(model_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,7 +83,9 @@ class PagedKV:
     def truncate(self, lengths: list[int]) -> None:
         """Drops the tokens of each row from `lengths[r]` on. Its pages stay with it, but for those that others read."""
         for row, length in zip(self.rows, lengths, strict=True):
-            row.length = min(row.length, length)
+            if length >= row.length:
+                continue
+            row.length = length
             used = self._pages(row.length)
             if any(self._allocator.is_shared(page) for page in row.pages[used:]):
                 self._allocator.release(row.pages[used:])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import itertools
-import threading
 import weakref
 from collections.abc import Iterator
 from types import TracebackType
@@ -68,7 +67,6 @@ class Handle:
         self._windows = shape.windows
         self._selector = selector(method)
         self._cache: weakref.ref[PagedCache] | None = None
-        self._thread: int | None = None
         roles = dict(zip(self.planned_layers, self.plan.roles, strict=True))
         self._attention = PagedAttention(roles, self._selector, model.config._attn_implementation)
         self._undo = contextlib.ExitStack()
@@ -115,7 +113,9 @@ class Handle:
     def remove(self) -> None:
         """Gives the model back as it was. Safe to call twice."""
         self._undo.close()
-        self._attention.cache = None
+        if self._attention.cache is not None:  # its forward was interrupted, by something that passes hooks by
+            self._attention.cache.abort()
+            self._attention.cache = None
 
     def __enter__(self) -> Self:
         return self
@@ -216,12 +216,6 @@ class Handle:
         inputs = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
         if inputs is None:
             raise UnsupportedUseError("the model was called without input_ids or inputs_embeds")
-        if self._thread not in (None, threading.get_ident()):
-            raise UnsupportedUseError(
-                "this model is in the middle of a forward in another thread; a model with a method applied takes one "
-                "forward at a time (batch the prompts, or use a lock)"
-            )
-        self._thread = threading.get_ident()
         cache.begin(inputs.shape[0], inputs.shape[1], kwargs.get("attention_mask"))
         self._attention.cache = cache
         self._cache = weakref.ref(cache)
@@ -230,9 +224,7 @@ class Handle:
     @torch.compiler.disable
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """After the model's layers: the step counts. A forward that failed (no output) leaves the cache as it was."""
-        if self._thread != threading.get_ident():  # a forward that was refused because of another thread's
-            return
-        cache, self._attention.cache, self._thread = self._attention.cache, None, None
+        cache, self._attention.cache = self._attention.cache, None
         positions = self._attention.positions
         if cache is None:
             return

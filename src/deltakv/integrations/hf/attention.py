@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from typing import Any
 
 import torch
@@ -43,8 +44,17 @@ class PagedAttention:
         self.roles = roles
         self.selector = selector
         self.original = original
-        self.cache: PagedCache | None = None
+        self._thread = threading.local()
         self.positions: Positions | None = None
+
+    @property
+    def cache(self) -> PagedCache | None:
+        """The cache of the forward under way in this thread."""
+        return getattr(self._thread, "cache", None)
+
+    @cache.setter
+    def cache(self, cache: PagedCache | None) -> None:
+        self._thread.cache = cache
 
     def __call__(
         self,
