@@ -9,7 +9,7 @@ TORCH ?= torch==2.13.0
 
 # OpenMP's threads sleep while they wait. Spinning, its default, makes a step 10 to 50 times slower as soon as another
 # process wants one of two cores (measured: 64 ms a step against 0.5 to 2 s).
-export OMP_WAIT_POLICY ?= passive
+test: export OMP_WAIT_POLICY ?= passive
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check install

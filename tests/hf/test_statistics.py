@@ -141,3 +141,14 @@ def test_beams_share_pages(model_of: Any) -> None:
         assert cache.kv_bytes == one
         model(torch.tensor([[3], [4], [5]]), past_key_values=cache)
         assert cache.kv_bytes == one // 4 * 7  # a fifth page for each of the three
+
+
+def test_memory_is_told_after_generate(model_of: Any) -> None:
+    """`generate` drops its cache, and the statistics still say what it took: pages of 16, K and V, all layers."""
+    model = model_of("llama")
+    config = model.config
+    bytes_a_page = 16 * config.num_key_value_heads * config.head_dim * 4 * 2 * config.num_hidden_layers
+    with deltakv.apply(model, deltakv.Full()) as handle, torch.no_grad():
+        model.generate(tokens(30)[None], max_new_tokens=4, do_sample=False, pad_token_id=0)
+        assert handle.cache is None
+        assert handle.stats.kv_bytes == 3 * bytes_a_page  # 33 tokens are stored: the last one was only made

@@ -245,6 +245,12 @@ class Handle:
             seq_lens = torch.cat([torch.arange(past + 1, end + 1, dtype=torch.int32) for past, end in spans])
             self.stats.add(self.plan, seq_lens, positions.commit())
         cache.commit()
+        # Counting pages takes a while for many long rows, so only when a row has begun a new one.
+        if any(
+            new % cache.page_size == 1 or new - old > 1
+            for old, new in zip(step.append.past, step.append.lengths, strict=True)
+        ):
+            self.stats.kv_bytes = cache.kv_bytes
 
     def _check_cache(self, cache: Any) -> None:
         if not isinstance(cache, PagedCache):

@@ -14,12 +14,14 @@ from deltakv.plan import LayerPlan, Role
 class Statistics:
     """Counts over all decode steps (and evaluated positions) since `apply` or `reset`, planned layers only.
 
-    steps: decode forwards. rows: row-steps, one a row and step. picks: while `record_picks` is on, for each
+    steps: decode forwards. rows: row-steps, one a row and step. kv_bytes: what K and V of the last forward's cache
+    take, all layers. picks: while `record_picks` is on, for each
     step and SELECT layer (step, layer, pages int32 [rows, width], n_kept int32 [rows]).
     """
 
     steps: int = 0
     rows: int = 0
+    kv_bytes: int = 0
     record_picks: bool = False
     picks: list[tuple[int, int, Tensor, Tensor]] = field(default_factory=list)
     _read_in_full: int = 0
