@@ -12,8 +12,9 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from deltakv.errors import UnsupportedUseError
-from deltakv.integrations.hf.cache import PagedCache, Pick, Step, as_autocast
+from deltakv.integrations.hf.cache import PagedCache, as_autocast
 from deltakv.integrations.hf.positions import Positions
+from deltakv.integrations.hf.step import Pick, Step
 from deltakv.methods import Selector, SoftmaxStats
 from deltakv.ops import decode_attention, decode_attention_stats, prefill_attention, row_kv
 from deltakv.plan import Role

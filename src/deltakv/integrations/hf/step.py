@@ -1,0 +1,70 @@
+"""What a forward is laid out in before its first layer runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from deltakv.cache import Append
+from deltakv.integrations.hf.padding import Columns
+from deltakv.methods import Picks
+
+
+@dataclass(frozen=True)
+class Pick:
+    """What a SELECT layer picked at a decode step.
+
+    layer: the layer's index. pages: the logical pages. block_table, seq_lens: the same as a compact table, shaped
+    like those of `Step`; only the last of a row's kept pages, the one of the current token, may be partly filled.
+    """
+
+    layer: int
+    pages: Picks
+    block_table: Tensor
+    seq_lens: Tensor
+
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Table and lengths on a layer's device."""
+        return self.block_table.to(device), self.seq_lens.to(device)
+
+
+@dataclass
+class Step:
+    """One forward through the model: what its layers need to know, laid out before the first of them runs.
+
+    width: query columns. onto_past: the cache held something before. decode: one query token a row onto a past.
+    real: bool [batch, width], which columns are tokens and not padding.
+    slots: int64 [batch * width], where each token is stored, -1 for padding.
+    block_table: int32 [batch, 1, pages]; seq_lens: int32 [batch, 1], the new tokens included; past_lens: int32
+        [batch], without them.
+    pick: what the last SELECT layer picked; picks: all of this step, in order.
+    """
+
+    width: int
+    onto_past: bool
+    append: Append
+    columns: Columns
+    real: Tensor
+    slots: Tensor
+    block_table: Tensor
+    seq_lens: Tensor
+    past_lens: Tensor
+    pick: Pick | None = None
+    picks: list[Pick] = field(default_factory=list)
+    _moved: dict[tuple[str, torch.device], Tensor] = field(default_factory=dict)
+
+    @property
+    def decode(self) -> bool:
+        return self.onto_past and self.width == 1
+
+    def on(self, device: torch.device, name: str) -> Tensor:
+        """The tensor `name` on a layer's device; copied once a step for each device."""
+        tensor: Tensor = getattr(self, name)
+        if tensor.device == device:
+            return tensor
+        key = (name, device)
+        if key not in self._moved:
+            self._moved[key] = tensor.to(device)
+        return self._moved[key]
