@@ -189,10 +189,8 @@ class Handle:
             raise UnsupportedUseError("use_cache=False leaves no cache to read sparsely; leave it out")
         cache = model_kwargs.get("past_key_values")
         if cache is None:
-            cache = self.new_cache(max_length)
-            if generation_config.is_assistant:
-                cache.activate_past_recording()
-            model_kwargs["past_key_values"] = cache
+            croppable = bool(generation_config.is_assistant)
+            model_kwargs["past_key_values"] = self.new_cache(max_length, croppable=croppable)
         else:
             self._check_cache(cache)
             cache._is_user_defined = True

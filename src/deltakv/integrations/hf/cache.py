@@ -28,6 +28,11 @@ class State:
     columns: Columns | None = None
     step: Step | None = None
 
+    @property
+    def seen(self) -> int:
+        """Committed columns, padding included: what transformers calls the cache's length."""
+        return self.columns.seen if self.columns is not None else 0
+
 
 def as_autocast(x: Tensor) -> Tensor:
     """`x` as autocast would hand it to attention; as it is, where autocast is off."""
@@ -68,7 +73,7 @@ class PagedLayer(CacheLayerMixin):
         return key_states, value_states
 
     def get_seq_length(self) -> int:
-        return self._state.columns.seen if self._state.columns is not None else 0
+        return self._state.seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0
@@ -190,7 +195,7 @@ class PagedCache(Cache):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns so far, padding included; the same for every layer."""
-        return self.state.columns.seen if self.state.columns is not None else 0
+        return self.state.seen
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drops the last columns: `-n` drops n; a positive number is the length to keep (transformers before 5.2x)."""
