@@ -1,8 +1,8 @@
 """The rooms of docs/design.md: imports point downwards only.
 
-cli -> {evals, bench, report} -> integrations -> offload -> {methods, cache} -> {ops, plan, config}; errors and version
-serve all. `loading` (files and names to models) stands beside the integrations. `import deltakv` counts as one of the
-integrations, since that is what the package offers.
+cli -> {evals, bench, report} -> integrations -> offload -> {methods, cache} -> {ops, plan, config}; errors, folders
+and version serve all. `loading` (files and names to models) stands beside the integrations. `import deltakv` counts
+as one of the integrations, since that is what the package offers.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FLOORS: list[set[str]] = [
     {"offload"},
     {"methods", "cache"},
     {"ops", "plan", "config"},
-    {"errors", "version"},
+    {"errors", "folders", "version"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 
@@ -35,7 +35,7 @@ FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 NEIGHBOURS = {("config", "plan"), ("evals", "bench"), ("report", "evals"), ("deltakv", "integrations")}
 
 #: Rooms that never ask which engine they run in.
-ENGINE_FREE = {"offload", "methods", "cache", "ops", "plan", "config", "errors", "version"}
+ENGINE_FREE = {"offload", "methods", "cache", "ops", "plan", "config", "errors", "folders", "version"}
 ENGINES = {"transformers", "vllm", "accelerate", "peft"}
 
 
@@ -112,10 +112,10 @@ def test_transformers_and_vllm_do_not_know_each_other() -> None:
 
 
 def test_ops_know_tensors_only() -> None:
-    """Nothing of the package but ops themselves and errors."""
+    """Nothing of the package but ops themselves, errors, and where compiled ones are kept."""
     for path in files():
         if room_of(path) == "ops":
-            assert {room for room, _ in room_imports(path)} <= {"errors"}
+            assert {room for room, _ in room_imports(path)} <= {"errors", "folders"}
 
 
 def test_the_oracle_knows_nothing_of_the_package() -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from deltakv.errors import InputError
+from deltakv.folders import cache_folder
 from deltakv.loading import gguf, locate, smollm2
 
 
@@ -44,11 +45,11 @@ def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("DELTAKV_CACHE", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert gguf.cache_folder() == tmp_path / ".cache" / "deltakv"
+    assert cache_folder() == tmp_path / ".cache" / "deltakv"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert gguf.cache_folder() == tmp_path / "xdg" / "deltakv"
+    assert cache_folder() == tmp_path / "xdg" / "deltakv"
     monkeypatch.setenv("DELTAKV_CACHE", str(tmp_path / "own"))
-    assert gguf.cache_folder() == tmp_path / "own"
+    assert cache_folder() == tmp_path / "own"
 
 
 def test_converted_once_and_again_when_the_file_changes(cache: Path, conversions: list[Path], tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from paged_inputs import EQUAL, LENGTHS, LONG, Paged, make_paged
 from torch import Tensor
 
 from deltakv import ops
+from deltakv.ops.decode_attention import flash
 from deltakv.ops.decode_attention.naive import decode_attention as naive_attention
 from deltakv.ops.decode_attention.naive import decode_attention_stats as naive_stats
 from oracle import attention
@@ -19,16 +20,20 @@ from oracle import attention
 Op = Callable[..., Any]
 ATTENTION = [
     pytest.param(ops.decode_attention, id="registered"),
+    pytest.param(flash.decode_attention, id="pytorch"),
     pytest.param(naive_attention, id="naive"),
 ]
 STATS = [
     pytest.param(ops.decode_attention_stats, id="registered"),
+    pytest.param(flash.decode_attention_stats, id="pytorch"),
     pytest.param(naive_stats, id="naive"),
 ]
 #: What applications run; the naive versions say what is meant and promise no bits.
 RUNNING = [
     pytest.param(ops.decode_attention, id="attention"),
     pytest.param(ops.decode_attention_stats, id="stats"),
+    pytest.param(flash.decode_attention, id="pytorch-attention"),
+    pytest.param(flash.decode_attention_stats, id="pytorch-stats"),
 ]
 
 #: The layout of the library's own pool.
@@ -143,6 +148,7 @@ GROUPED = [
     "attend, stats",
     [
         pytest.param(ops.decode_attention, ops.decode_attention_stats, id="registered"),
+        pytest.param(flash.decode_attention, flash.decode_attention_stats, id="pytorch"),
         pytest.param(naive_attention, naive_stats, id="naive"),
     ],
 )
@@ -300,9 +306,10 @@ def test_bfloat16_is_as_good_as_stock_attention(
     check_bfloat16(op, longest, page_size=page_size, table=table, layout=layout, **shape)
 
 
-def test_bfloat16_is_as_good_as_stock_attention_with_threads() -> None:
+@pytest.mark.parametrize("op", [ops.decode_attention, flash.decode_attention])
+def test_bfloat16_is_as_good_as_stock_attention_with_threads(op: Op) -> None:
     """More threads than KV heads: what a kernel cuts up for them, it may not round twice."""
-    op = with_two_threads(ops.decode_attention)
+    op = with_two_threads(op)
     check_bfloat16(op, 4200, n_heads=8, n_kv=1, head_dim=64, layout=OWN, table="contiguous")
 
 

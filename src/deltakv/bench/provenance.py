@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from deltakv.ops import native
 from deltakv.version import __version__
 
 
@@ -30,6 +31,7 @@ def provenance(model: Any = None) -> dict[str, Any]:
             **{name: _version(name) for name in ("torch", "transformers")},
         },
         "threads": torch.get_num_threads(),
+        "cpu_ops": native.running(),
     }
     if model is not None:
         facts["dtype"] = str(model.dtype).removeprefix("torch.")

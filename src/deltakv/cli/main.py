@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -21,6 +22,7 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
     # Both talk on import, of files built for other machines and of deprecations that are not the user's.
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
         code = _run(args)
         sys.stdout.flush()

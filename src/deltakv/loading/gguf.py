@@ -18,16 +18,9 @@ import tempfile
 from pathlib import Path
 
 from deltakv.errors import InputError, UnsupportedModelError
+from deltakv.folders import cache_folder
 
 _SAMPLES, _SAMPLE_BYTES = 16, 65536
-
-
-def cache_folder() -> Path:
-    """Where converted models are: `$DELTAKV_CACHE`, `$XDG_CACHE_HOME/deltakv`, or `~/.cache/deltakv`."""
-    if own := os.environ.get("DELTAKV_CACHE"):
-        return Path(own).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base).expanduser() if base else Path.home() / ".cache") / "deltakv"
 
 
 def converted(path: Path) -> Path:

@@ -15,6 +15,7 @@ import zipfile
 from pathlib import Path
 
 from deltakv.errors import InputError
+from deltakv.folders import cache_folder
 from deltakv.loading import gguf
 
 NAME = "smollm2"
@@ -30,7 +31,7 @@ def folder() -> Path:
     Raises `InputError` if none of these works.
     """
     key = f"smollm2-135m-instruct-{VERSION}"
-    ready = gguf.cache_folder() / key
+    ready = cache_folder() / key
     if ready.is_dir():
         return ready
     if (installed := _installed()) is not None:

@@ -24,6 +24,7 @@ from deltakv.integrations.hf.positions import Positions, Trace
 from deltakv.integrations.hf.stats import Statistics
 from deltakv.integrations.hf.support import model_shape, unwrap
 from deltakv.methods import selector
+from deltakv.ops import native
 from deltakv.plan import LayerPlan
 
 _numbers = itertools.count(1)
@@ -70,6 +71,8 @@ class Handle:
         roles = dict(zip(self.planned_layers, self.plan.roles, strict=True))
         self._attention = PagedAttention(roles, self._selector, model.config._attn_implementation)
         self._undo = contextlib.ExitStack()
+        if any(parameter.device.type == "cpu" for parameter in model.parameters()):
+            native.library()  # compiled now, or the first token would wait for it
         with contextlib.ExitStack() as undo:
             self._install(undo)
             self._undo = undo.pop_all()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from deltakv.ops.decode_attention import cpu, naive
+from deltakv.ops.decode_attention import naive, native
 from deltakv.ops.registry import register
 
 _ARGUMENTS = (
@@ -29,13 +29,13 @@ def _fake_stats(q: Tensor, k_cache: Tensor, _v: Tensor, block_table: Tensor, *_:
 
 decode_attention = register(
     f"decode_attention({_ARGUMENTS}) -> Tensor",
-    cpu=cpu.decode_attention,
+    cpu=native.decode_attention,
     cuda=naive.decode_attention,
     fake=_fake,
 )
 decode_attention_stats = register(
     f"decode_attention_stats({_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
-    cpu=cpu.decode_attention_stats,
+    cpu=native.decode_attention_stats,
     cuda=naive.decode_attention_stats,
     fake=_fake_stats,
 )

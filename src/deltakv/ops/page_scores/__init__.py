@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from deltakv.ops.page_scores import cpu, naive
+from deltakv.ops.page_scores import naive, native
 from deltakv.ops.registry import register
 
 
@@ -15,7 +15,7 @@ def _fake(logits: Tensor, _lse: Tensor, _seq_lens: Tensor, page_size: int) -> Te
 
 page_scores = register(
     "page_scores(Tensor logits, Tensor lse, Tensor seq_lens, int page_size) -> Tensor",
-    cpu=cpu.page_scores,
+    cpu=native.page_scores,
     cuda=naive.page_scores,
     fake=_fake,
 )

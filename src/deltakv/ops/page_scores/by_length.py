@@ -1,4 +1,4 @@
-"""Page scores on the CPU: rows of one length together, over their own pages only, so that neighbours change nothing."""
+"""Page scores in PyTorch, for the CPU: rows of one length together, over their own pages only."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def page_scores(logits: Tensor, lse: Tensor, seq_lens: Tensor, page_size: int) -
             continue
         pages = -(-seq_len // page_size)
         same = logits if len(chosen) == rows else logits[chosen]
-        probabilities = (same[..., :seq_len] - (lse if len(chosen) == rows else lse[chosen])[..., None]).exp_()
+        above = same[..., :seq_len] - (lse if len(chosen) == rows else lse[chosen])[..., None]
         token_scores = torch.zeros((len(chosen), pages * page_size))
-        token_scores[:, :seq_len] = probabilities.amax(1)
+        token_scores[:, :seq_len] = above.amax(1).exp_()
         scores[chosen, :pages] = token_scores.view(len(chosen), pages, page_size).sum(-1)
     return scores

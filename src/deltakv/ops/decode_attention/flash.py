@@ -1,4 +1,4 @@
-"""Paged attention on the CPU: PyTorch's own flash kernel over views of the pool.
+"""Paged attention in PyTorch, for the CPU: its own flash kernel over views of the pool.
 
 Four facts shape it. The kernel works on [batch, heads, queries, dim], so the query heads of one KV head go in as its
 queries: K and V are read once, not once a query head. A row whose pages lie side by side in the pool (the pool
@@ -138,9 +138,9 @@ def _kv(group: _Group, k_heads: Tensor, v_heads: Tensor) -> tuple[Tensor, Tensor
     """
     page_size = k_heads.shape[2]
     tables = group.tables
-    if tables is None and all(x.stride(1) == page_size * x.stride(2) for x in (k_heads, v_heads)):
+    if tables is None and all(x.stride(1) == page_size * x.stride(2) and x.stride(3) == 1 for x in (k_heads, v_heads)):
         return _view(k_heads, group.starts, group.seq_len), _view(v_heads, group.starts, group.seq_len)
-    if tables is None:  # the pool's layout has gaps between pages, so that not even neighbours are one view
+    if tables is None:  # the pool's layout has gaps, so that not even neighbouring pages are one view
         count = -(-group.seq_len // page_size)
         tables = torch.tensor(group.starts, dtype=torch.int32)[:, None] + torch.arange(count, dtype=torch.int32)
     k, v = _gather("k", k_heads, tables), _gather("v", v_heads, tables)
