@@ -136,11 +136,6 @@ class PagedKV:
         used = {page for row in self.rows for page in row.pages[: self._pages(row.length)]}
         return len(used) * self.pool.bytes_a_page()
 
-    @property
-    def reserved_nbytes(self) -> int:
-        """Bytes of the whole pool; on a GPU it is all taken, on a CPU only what has been written."""
-        return self.pool.n_pages * self.pool.bytes_a_page()
-
     def _pages(self, tokens: int) -> int:
         return -(-tokens // self.page_size)
 

@@ -1,4 +1,4 @@
-"""Tensors in, tensors out. One folder an op: `naive.py` (plain PyTorch, read it first) and `cpu.py`.
+"""Tensors in, tensors out. One folder an op: `naive.py` (plain PyTorch, read it first) and faster versions.
 
 A row is one query position of one sequence: a sequence at a decode step, or, in evaluation mode, one of several
 positions of the same sequence. Every op gives a row the same result whatever rows stand beside it.
