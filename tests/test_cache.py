@@ -236,6 +236,18 @@ def test_rows() -> None:
     run_state_machine_as_test(RowsMachine, settings=SETTINGS)
 
 
+def test_slots_are_those_of_the_layout_that_stays() -> None:
+    """The third of three rows that share a page finds the pool full: all rows move, the first two among them."""
+    kv = PagedKV(1, PAGE)
+    first = kv.begin([1])
+    kv.pool.ensure_layer(0, torch.zeros(1, 1, 4))
+    kv.commit(first)
+    kv.rearrange([0] * 12)
+    slots = [slot for row in kv.begin([1] * 12).slots for slot in row]
+    assert len(set(slots)) == 12
+    assert [slot // PAGE for slot in slots] == [row.pages[0] for row in kv.rows]
+
+
 class BeamsMachine(RowsMachine):
     """The same with few rows that are always reordered: sharing at its densest."""
 

@@ -8,7 +8,7 @@ import numpy as np
 class PageAllocator:
     """Reference counts for `n_pages` pages. Pages that rows share (beams) are freed with their last user.
 
-    Prefers runs of neighbouring pages, because a row in one run is read in place (`ops/decode_attention/cpu.py`).
+    Prefers runs of neighbouring pages, because a row in one run is read in place (`ops/decode_attention/flash.py`).
     """
 
     def __init__(self, n_pages: int = 0) -> None:

@@ -66,13 +66,14 @@ class PagedKV:
         past = [row.length for row in self.rows]
         lengths = [row.length + count for row, count in zip(self.rows, counts, strict=True)]
         self._make_room(lengths)
-        slots = []
         for row, old, new in zip(self.rows, past, lengths, strict=True):
             if new > old and old % self.page_size:
                 self._own_page(row, old // self.page_size)
-            slots.append(
-                [row.pages[t // self.page_size] * self.page_size + t % self.page_size for t in range(old, new)]
-            )
+        size = self.page_size  # slots last, because a page of one's own may take a new layout of all rows
+        slots = [
+            [row.pages[token // size] * size + token % size for token in range(old, new)]
+            for row, old, new in zip(self.rows, past, lengths, strict=True)
+        ]
         return Append(past, lengths, slots)
 
     def commit(self, step: Append) -> None:
