@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -31,7 +32,10 @@ def measure_memory(
         command = [sys.executable, "-m", "deltakv.bench.memory", "--model", path, "--method", method]
         command += ["--tokens", str(tokens), "--batch", str(batch), "--steps", str(steps)]
         command += ["--dtype", dtype, "--device", device, "--threads", str(threads)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        # glibc learns during a run which blocks it had better keep, and what it has learnt by when is a matter of
+        # chance: up to 150 MiB. With a fixed threshold, large blocks that are freed go back at once.
+        environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 17)}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         said = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise InputError(f"measuring the memory of {method} failed: {said}")

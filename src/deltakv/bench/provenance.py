@@ -22,7 +22,7 @@ def provenance(model: Any = None) -> dict[str, Any]:
 
     facts: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join([_program(), *sys.argv[1:]]),
         "commit": _commit(),
         "machine": _machine(),
         "versions": {
@@ -37,6 +37,12 @@ def provenance(model: Any = None) -> dict[str, Any]:
         facts["dtype"] = str(model.dtype).removeprefix("torch.")
         facts["device"] = str(model.device)
     return facts
+
+
+def _program() -> str:
+    """What was run, as a user would write it; `python -m deltakv` is the command of that name."""
+    path = Path(sys.argv[0])
+    return path.parent.name if path.name == "__main__.py" else path.name
 
 
 def _machine() -> dict[str, Any]:
