@@ -6,6 +6,10 @@ import torch
 from torch import Tensor
 
 
+#: Pages that are moved at once.
+_MOVE = 256
+
+
 class KVPool:
     """K and V of each layer, [n_pages, page_size, n_kv_heads, head_dim], made when a layer is first written.
 
@@ -42,7 +46,9 @@ class KVPool:
                 old = tensors[index]
                 if old is not None:
                     new = _head_major((n_pages, *old.shape[1:]), old)
-                    new[target] = old[source]
+                    for first in range(0, len(source), _MOVE):  # an indexed copy passes through a buffer of its size
+                        some = slice(first, first + _MOVE)
+                        new[target[some]] = old[source[some]]
                     tensors[index] = new
         self.n_pages = n_pages
 
