@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
 #: Pages that are moved at once.
 _MOVE = 256
 
