@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: its own library is compiled on import
 
 #: Tiny tensors gain nothing from threads, and threads that wait for each other on a busy machine cost ten times the
 #: work. Tests that ask about threads set their own number.

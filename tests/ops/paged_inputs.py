@@ -110,6 +110,11 @@ def make_caches(
     return torch.full(shape, nan, dtype=dtype), torch.full(shape, nan, dtype=dtype)
 
 
+def absolute(logits: Tensor, peaks: Tensor) -> Tensor:
+    """The logits of `decode_attention_stats` as [rows, n_heads, tokens], their tiles' peaks added."""
+    return (logits.float() + peaks[..., None]).transpose(1, 2).flatten(2)
+
+
 def make_paged(
     lengths: Sequence[int] | Sequence[Sequence[int]],
     *,

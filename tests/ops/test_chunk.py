@@ -204,7 +204,7 @@ def test_logits_feed_page_scores_and_picks(page_size: int, sinks: bool) -> None:
     q, k, _, scale, sink_logits = make_chunk(m, tokens, sinks=sinks)
     logits, lse = ops.chunk_logits(q, k, scale, sink_logits, page_size)
     lengths = torch.arange(tokens - m + 1, tokens + 1, dtype=torch.int32)
-    scores = ops.page_scores(logits, lse, lengths, page_size)
+    scores = ops.page_scores(logits[:, None], torch.zeros_like(lse)[:, None], lse, lengths, page_size)
     pages, n_kept = ops.select_pages(scores, lengths, page_size, *limits)
     for i, length in enumerate(lengths.tolist()):
         want_scores = oracle.page_scores(q[i], k, scale, length, page_size, sink_logits)

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from paged_inputs import EQUAL, LENGTHS, LONG, Paged, make_paged
+import triton_ops
+from paged_inputs import EQUAL, LENGTHS, LONG, Paged, absolute, make_paged
 from torch import Tensor
 
 from deltakv import ops
@@ -21,6 +22,7 @@ Op = Callable[..., Any]
 ATTENTION = [
     pytest.param(ops.decode_attention, id="registered"),
     pytest.param(flash.decode_attention, id="pytorch"),
+    pytest.param(triton_ops.attention, id="triton", marks=pytest.mark.gpu),
     pytest.param(naive_attention, id="naive"),
 ]
 STATS = [
@@ -34,6 +36,8 @@ RUNNING = [
     pytest.param(ops.decode_attention_stats, id="stats"),
     pytest.param(flash.decode_attention, id="pytorch-attention"),
     pytest.param(flash.decode_attention_stats, id="pytorch-stats"),
+    pytest.param(triton_ops.attention, id="triton-attention", marks=pytest.mark.gpu),
+    pytest.param(triton_ops.attention_stats, id="triton-stats", marks=pytest.mark.gpu),
 ]
 
 #: The layout of the library's own pool.
@@ -110,7 +114,8 @@ def test_output_equals_dense_reference(op: Op, case: str) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_statistics_equal_dense_reference(op: Op, case: str) -> None:
     batch = make_case(case, seed=100 + len(case))
-    out, logits, lse = op(*batch.arguments)
+    out, relative, peaks, lse = op(*batch.arguments)
+    logits = absolute(relative, peaks)
     want_out, want_logits, want_lse = reference(batch)
     rows, n_heads, _ = batch.q.shape
     tokens = batch.block_table.shape[2] * batch.k_cache.shape[1]
@@ -159,7 +164,8 @@ def test_head_groups_have_their_own_pages(
     batch = make_paged(GROUPED, groups=2, sinks=sinks, layout=layout, **shape)
     want_out, want_logits, want_lse = reference(batch)
     torch.testing.assert_close(attend(*batch.arguments).double(), want_out, rtol=0, atol=1e-5)
-    out, logits, lse = stats(*batch.arguments)
+    out, relative, peaks, lse = stats(*batch.arguments)
+    logits = absolute(relative, peaks)
     torch.testing.assert_close(out.double(), want_out, rtol=0, atol=1e-5)
     torch.testing.assert_close(lse.double(), want_lse, rtol=1e-6, atol=1e-5)
     for row, lengths in enumerate(batch.seq_lens.tolist()):
@@ -318,7 +324,8 @@ def test_bfloat16_is_as_good_as_stock_attention_with_threads(op: Op) -> None:
 def test_bfloat16_statistics_are_float32(op: Op, sinks: bool) -> None:
     """Logits and lse of bf16 inputs are not rounded to bf16 on the way: picks rest on them."""
     batch = make_paged(LENGTHS, head_dim=64, dtype=torch.bfloat16, sinks=sinks)
-    out, logits, lse = op(*batch.arguments)
+    out, relative, peaks, lse = op(*batch.arguments)
+    logits = absolute(relative, peaks)
     want_out, want_logits, want_lse = reference(batch)
     assert out.dtype == torch.bfloat16 and logits.dtype == lse.dtype == torch.float32
     torch.testing.assert_close(out.double(), want_out, rtol=1e-2, atol=1e-2)
@@ -363,7 +370,8 @@ def test_no_rows(op: Op) -> None:
 @pytest.mark.parametrize("sinks", [False, True])
 def test_statistics_of_only_empty_rows(op: Op, sinks: bool) -> None:
     batch = make_paged([0, 0, 0], sinks=sinks)
-    out, logits, lse = op(*batch.arguments)
+    out, relative, peaks, lse = op(*batch.arguments)
+    logits = absolute(relative, peaks)
     assert torch.equal(out, torch.zeros_like(batch.q)) and (logits == -math.inf).all()
     want = torch.full((3, 4), -math.inf) if batch.sinks is None else batch.sinks.expand(3, 4)
     torch.testing.assert_close(lse, want)
@@ -396,7 +404,8 @@ def test_fake_outputs() -> None:
     q, k, v, table, lens, scale, sinks = (x.to("meta") if isinstance(x, Tensor) else x for x in batch.arguments)
     out = torch.ops.deltakv.decode_attention(q, k, v, table, lens, scale, sinks)
     assert out.device.type == "meta" and out.shape == batch.q.shape and out.dtype == torch.bfloat16
-    out, logits, lse = torch.ops.deltakv.decode_attention_stats(q, k, v, table, lens, scale, sinks)
+    out, logits, peaks, lse = torch.ops.deltakv.decode_attention_stats(q, k, v, table, lens, scale, sinks)
     assert out.shape == batch.q.shape and out.dtype == torch.bfloat16
-    assert logits.shape == (3, 4, table.shape[2] * 16) and logits.dtype == torch.float32
+    assert logits.shape == (3, 1, 4, table.shape[2] * 16) and logits.dtype == torch.float32
+    assert peaks.shape == (3, 1, 4) and peaks.dtype == torch.float32
     assert lse.shape == (3, 4) and lse.dtype == torch.float32

@@ -138,8 +138,8 @@ def test_registered_ops_run_the_library(monkeypatch: pytest.MonkeyPatch) -> None
     for dtype in (torch.float32, torch.bfloat16):
         batch = make_paged([5, 40, 700], head_dim=64, dtype=dtype)
         assert ops.decode_attention(*batch.arguments).isfinite().all()
-        _, logits, lse = ops.decode_attention_stats(*batch.arguments)
-        assert ops.page_scores(logits, lse, batch.seq_lens[:, 0], 16).isfinite().all()
+        _, *softmax = ops.decode_attention_stats(*batch.arguments)
+        assert ops.page_scores(*softmax, batch.seq_lens[:, 0], 16).isfinite().all()
 
 
 def test_other_dtypes_and_layouts_run_in_pytorch() -> None:
@@ -171,7 +171,7 @@ def test_more_tokens_than_the_table_has_room_for() -> None:
     with pytest.raises(IndexError, match="room for 704"):
         ops.decode_attention(*batch.arguments)
     with pytest.raises(IndexError, match="logits of 32"):
-        ops.page_scores(torch.zeros(1, 4, 32), torch.zeros(1, 4), torch.tensor([33]), 16)
+        ops.page_scores(torch.zeros(1, 2, 4, 16), torch.zeros(1, 2, 4), torch.zeros(1, 4), torch.tensor([33]), 16)
 
 
 @needs_compiler
@@ -193,8 +193,8 @@ def test_threads_change_no_bit() -> None:
     results = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        out, logits, lse = ops.decode_attention_stats(*batch.arguments)
-        results.append((out, logits, lse, ops.page_scores(logits, lse, batch.seq_lens[:, 0], 16)))
+        out, *softmax = ops.decode_attention_stats(*batch.arguments)
+        results.append((out, *softmax, ops.page_scores(*softmax, batch.seq_lens[:, 0], 16)))
     torch.set_num_threads(before)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))

@@ -18,16 +18,23 @@ from torch import Tensor
 class SoftmaxStats:
     """What a SELECT layer's attention yields for scoring.
 
-    logits: fp32 [rows, n_heads, width * page_size], scaled, -inf beyond a row's end.
-    lse: fp32 [rows, n_heads], their log-sum-exp (learned sinks included).
+    logits: floating, [rows, tiles, n_heads, tile], scaled, less their tile's peak; the tiles are a row's tokens in
+        order. peaks: fp32 [rows, tiles, n_heads]. lse: fp32 [rows, n_heads], the log-sum-exp of the logits themselves
+        (learned sinks included). Beyond a row's end logits and peaks mean nothing.
     seq_lens: int32 [rows], tokens of each row, the current one included.
     page_size: tokens a page.
     """
 
     logits: Tensor
+    peaks: Tensor
     lse: Tensor
     seq_lens: Tensor
     page_size: int
+
+    @property
+    def width(self) -> int:
+        """Pages that the logits cover."""
+        return self.logits.shape[1] * self.logits.shape[3] // self.page_size
 
 
 @dataclass(frozen=True)

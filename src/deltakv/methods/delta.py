@@ -19,7 +19,7 @@ class DeltaSelector:
     config: Delta
 
     def pick(self, stats: SoftmaxStats) -> Picks:
-        scores = page_scores(stats.logits, stats.lse, stats.seq_lens, stats.page_size)
+        scores = page_scores(stats.logits, stats.peaks, stats.lse, stats.seq_lens, stats.page_size)
         return Picks(
             *select_pages(
                 scores,

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 _LIBRARY = torch.library.Library("deltakv", "DEF")
+
+
+class Lazy:
+    """A module of functions that is imported when one of them is first called."""
+
+    def __init__(self, module: str) -> None:
+        self._module = module
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return getattr(importlib.import_module(self._module), name)(*args, **kwargs)
+
+        return call
 
 
 def register(

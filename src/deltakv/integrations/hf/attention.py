@@ -132,9 +132,9 @@ class PagedAttention:
         table, lens = step.on(query.device, "block_table"), step.on(query.device, "seq_lens")
         if role is Role.FULL:
             return decode_attention(query, k_pool, v_pool, table, lens, scale, sinks)
-        out, logits, lse = decode_attention_stats(query, k_pool, v_pool, table, lens, scale, sinks)
+        out, logits, peaks, lse = decode_attention_stats(query, k_pool, v_pool, table, lens, scale, sinks)
         page_size = self.cache.page_size
-        picks = self.selector.pick(SoftmaxStats(logits, lse, lens[:, 0], page_size))
+        picks = self.selector.pick(SoftmaxStats(logits, peaks, lse, lens[:, 0], page_size))
         missing = -lens[:, 0] % page_size  # empty slots of the last page
         step.pick = Pick(
             layer=layer,

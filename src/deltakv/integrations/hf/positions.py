@@ -103,7 +103,8 @@ class Positions:
             end = tokens - m + stop
             logits, lse = chunk_logits(q[start:stop], k[:end], scale, sinks, self._page_size)
             seq_lens = torch.arange(end - (stop - start) + 1, end + 1, dtype=torch.int32, device=q.device)
-            picks = self._selector.pick(SoftmaxStats(logits, lse, seq_lens, self._page_size))
+            stats = SoftmaxStats(logits[:, None], torch.zeros_like(lse)[:, None], lse, seq_lens, self._page_size)
+            picks = self._selector.pick(stats)
             column = torch.arange(picks.pages.shape[1], device=q.device)
             listed = column < picks.n_kept[:, None]
             rows = torch.arange(start, stop, device=q.device)[:, None].expand_as(listed)

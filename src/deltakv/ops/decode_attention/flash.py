@@ -223,7 +223,7 @@ def decode_attention_stats(
     seq_lens: Tensor,
     scale: float,
     sinks: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `naive.decode_attention_stats`. K is read once for the logits and V once for the output."""
     rows, n_heads, dim = q.shape
     page_size, n_kv = k_cache.shape[1:3]
@@ -256,4 +256,5 @@ def decode_attention_stats(
                 torch.bmm(weights[i], v[i].float(), out=attended[i])
             out[group.rows, g] = (attended / total).to(q.dtype)
             lse[group.rows, g] = top + total.log()
-    return out.view(q.shape), logits.view(rows, n_heads, width * page_size), lse.view(rows, n_heads)
+    logits, lse = logits.view(rows, 1, n_heads, width * page_size), lse.view(rows, n_heads)
+    return out.view(q.shape), logits, torch.zeros_like(lse)[:, None], lse

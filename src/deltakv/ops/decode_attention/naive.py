@@ -38,11 +38,14 @@ def decode_attention_stats(
     seq_lens: Tensor,
     scale: float,
     sinks: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`decode_attention`, and what scoring needs of its softmax.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`decode_attention`, and what scoring needs of its softmax: the scaled logits, tile by tile of a row's tokens.
 
-    Returns out as above; logits, fp32 [rows, n_heads, width * page_size], scaled, -inf where nothing is visible;
-    lse, fp32 [rows, n_heads], their log-sum-exp with the sinks included (-inf for a row without tokens or sinks).
+    Returns out as above; logits, floating, [rows, tiles, n_heads, tile], less their tile's peak; peaks, fp32 [rows,
+    tiles, n_heads]; lse, fp32 [rows, n_heads], the log-sum-exp of the logits themselves with the sinks included
+    (-inf for a row without tokens or sinks). A version may choose its tiles, as long as they cover width * page_size
+    tokens; fp16 logits are precise where it counts if each tile has its own peak. What stands beyond a row's end in
+    logits and peaks means nothing. Here: one tile of width * page_size, with 0 as its peak.
     """
     rows, n_heads, _ = q.shape
     _, page_size, n_kv, dim = k_cache.shape
@@ -73,4 +76,4 @@ def decode_attention_stats(
         lse = torch.logaddexp(lse, sinks.float())
     probabilities = torch.exp(logits - lse[..., None].clamp_min(torch.finfo(torch.float32).min))
     out = probabilities.view(rows, n_kv, n_heads // n_kv, width * page_size) @ v
-    return out.view(rows, n_heads, dim).to(q.dtype), logits, lse
+    return out.view(rows, n_heads, dim).to(q.dtype), logits[:, None], torch.zeros_like(lse)[:, None], lse

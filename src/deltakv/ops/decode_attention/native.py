@@ -103,11 +103,12 @@ def decode_attention_stats(
     seq_lens: Tensor,
     scale: float,
     sinks: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `naive.decode_attention_stats`. K and V are read once."""
     if not _serves(k_cache, v_cache):
         return flash.decode_attention_stats(q, k_cache, v_cache, block_table, seq_lens, scale, sinks)
     rows, n_heads, _ = q.shape
-    logits = torch.empty((rows, n_heads, block_table.shape[2] * k_cache.shape[1]))
+    logits = torch.empty((rows, 1, n_heads, block_table.shape[2] * k_cache.shape[1]))
     lse = torch.empty((rows, n_heads))
-    return _run(q, k_cache, v_cache, block_table, seq_lens, scale, sinks, logits, lse), logits, lse
+    out = _run(q, k_cache, v_cache, block_table, seq_lens, scale, sinks, logits, lse)
+    return out, logits, torch.zeros_like(lse)[:, None], lse

@@ -6,16 +6,17 @@ import torch
 from torch import Tensor
 
 
-def page_scores(logits: Tensor, lse: Tensor, seq_lens: Tensor, page_size: int) -> Tensor:
+def page_scores(logits: Tensor, peaks: Tensor, lse: Tensor, seq_lens: Tensor, page_size: int) -> Tensor:
     """Sum over a page's tokens of the max over query heads of the softmax probability.
 
-    logits: fp32 [rows, n_heads, width * page_size], scaled, as `decode_attention_stats` gives them.
-    lse: fp32 [rows, n_heads], their log-sum-exp.
+    logits: floating, [rows, tiles, n_heads, tile], peaks: fp32 [rows, tiles, n_heads], lse: fp32 [rows, n_heads], as
+    `decode_attention_stats` gives them; pages do not straddle tiles, or tiles pages.
     seq_lens: int32 [rows], visible tokens; what stands beyond is not read as a value.
-    Returns fp32 [rows, width]; 0 for pages beyond the row's end.
+    Returns fp32 [rows, tiles * tile / page_size]; 0 for pages beyond the row's end.
     """
-    rows, _, tokens = logits.shape
-    probabilities = torch.exp(logits - lse[..., None])
-    visible = torch.arange(tokens, device=logits.device) < seq_lens[:, None]
+    rows, tiles, n_heads, tile = logits.shape
+    absolute = (logits.float() + peaks[..., None]).transpose(1, 2).reshape(rows, n_heads, tiles * tile)
+    probabilities = torch.exp(absolute - lse[..., None])
+    visible = torch.arange(tiles * tile, device=logits.device) < seq_lens[:, None]
     token_scores = probabilities.amax(1).masked_fill(~visible, 0.0)
-    return token_scores.view(rows, tokens // page_size, page_size).sum(-1)
+    return token_scores.view(rows, -1, page_size).sum(-1)

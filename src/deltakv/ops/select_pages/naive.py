@@ -6,6 +6,11 @@ import torch
 from torch import Tensor
 
 
+def kept_width(width: int, page_size: int, budget_pages: int, min_context: int) -> int:
+    """The most pages that a row can keep, of `width`."""
+    return min(width, max(budget_pages, -(-min_context // page_size)))
+
+
 def select_pages(
     scores: Tensor,
     seq_lens: Tensor,
@@ -21,10 +26,12 @@ def select_pages(
     seq_lens: int32 [rows], tokens, the current one included; a row has ceil(seq_len / page_size) pages.
     A row of at most `min_context` tokens, or of at most `budget_pages` pages, keeps all. Recent pages are counted
     back from the last page, which counts as one even when partly filled. Ties go to the earlier page.
-    Returns pages, int32 [rows, width]: the kept logical pages in ascending order, 0 beyond; and n_kept, int32 [rows].
+    Returns pages, int32 [rows, kept_width]: the kept logical pages in ascending order, 0 beyond; and n_kept, int32
+    [rows].
     """
     rows, width = scores.shape
-    pages = torch.zeros((rows, width), dtype=torch.int32, device=scores.device)
+    room = kept_width(width, page_size, budget_pages, min_context)
+    pages = torch.zeros((rows, room), dtype=torch.int32, device=scores.device)
     n_kept = torch.zeros(rows, dtype=torch.int32, device=scores.device)
     for row in range(rows):
         seq_len = int(seq_lens[row])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from deltakv.ops.select_pages.naive import kept_width
+
 
 def select_pages(
     scores: Tensor,
@@ -32,4 +34,5 @@ def select_pages(
     kept = torch.where(dense, exists, kept & exists)
     n_kept = kept.sum(1, dtype=torch.int32)
     ascending = torch.sort(torch.where(kept, page, width), dim=1).values
+    ascending = ascending[:, : kept_width(width, page_size, budget_pages, min_context)]
     return torch.where(ascending < width, ascending, 0).to(torch.int32), n_kept

@@ -1,0 +1,292 @@
+"""Paged decode attention on a GPU, in Triton: split over a row's tokens, the query heads of one KV head together.
+
+Bytes are all that counts: K and V are read once, by tiles that tensor cores multiply while the next ones are on
+their way. A row is cut into chunks counted from its first token, as many as its table has room for, so that neither
+the batch nor a look at the lengths decides anything: chunks beyond a row's end return at once, and a row's bits
+depend on that row and its table's width alone.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+#: Bytes of K and V that a tile may have: three of them fit a multiprocessor's shared memory.
+_TILE_BYTES = 1 << 16
+
+
+def tile_tokens(q: Tensor) -> int:
+    """Tokens that are multiplied at once, for queries [rows, n_heads, head_dim]; their logits share a peak."""
+    return max(32, min(128, _TILE_BYTES // (2 * triton.next_power_of_2(q.shape[2]) * q.element_size())))
+
+
+def chunk_tokens(capacity: int) -> int:
+    """Tokens of a chunk, for a table with room for `capacity` tokens.
+
+    Short tables, what a REUSE layer reads, are cut finer: there a small batch has few chunks to fill the chip with.
+    """
+    return 1024 if capacity <= 4096 else 2048
+
+
+@triton.jit
+def _attend(
+    q,
+    k,
+    v,
+    table,
+    lens,
+    sinks,
+    out,
+    partial_out,
+    partial_lse,
+    logits,
+    peaks,
+    lse,
+    k_page,
+    k_token,
+    k_head,
+    v_page,
+    v_token,
+    v_head,
+    width,
+    tiles,
+    scale,
+    N_HEADS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PAGE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    SPLITS: tl.constexpr,
+    TILE: tl.constexpr,
+    STATS: tl.constexpr,
+    SINKS: tl.constexpr,
+):
+    """One chunk of one KV head of one row. Grid: (SPLITS, KV_HEADS, rows)."""
+    split, kv_head, row = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    SHARED: tl.constexpr = N_HEADS // KV_HEADS
+    group = kv_head // (KV_HEADS // GROUPS)
+    length = tl.load(lens + row * GROUPS + group)
+    first = split * CHUNK
+    last = tl.minimum(first + CHUNK, length)
+    if first >= length and split > 0:
+        return
+    h, d = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_D)
+    head = kv_head * SHARED + h
+    is_head, in_dim = h < SHARED, d < DIM
+    queries = tl.load(
+        q + (row * N_HEADS + head)[:, None] * DIM + d[None, :], mask=is_head[:, None] & in_dim[None, :], other=0.0
+    )
+    pages = table + (row * GROUPS + group) * width
+    k += kv_head * k_head
+    v += kv_head * v_head
+    top = tl.full([BLOCK_H], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_H], tl.float32)
+    result = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
+    for start in range(first, last, TILE):
+        token = start + tl.arange(0, TILE)
+        visible = token < last
+        page = tl.load(pages + token // PAGE, mask=visible, other=0).to(tl.int64)
+        slot = token % PAGE
+        keys = tl.load(
+            k + (page * k_page + slot * k_token)[None, :] + d[:, None],
+            mask=visible[None, :] & in_dim[:, None],
+            other=0.0,
+        )
+        values = tl.load(
+            v + (page * v_page + slot * v_token)[:, None] + d[None, :],
+            mask=visible[:, None] & in_dim[None, :],
+            other=0.0,
+        )
+        s = tl.dot(queries, keys, input_precision="ieee") * scale
+        s = tl.where(visible[None, :], s, float("-inf"))
+        peak = tl.max(s, 1)
+        if STATS:
+            where = (row * tiles + start // TILE) * N_HEADS + head
+            tl.store(peaks + where, peak, mask=is_head)
+            tl.store(
+                logits + where[:, None] * TILE + tl.arange(0, TILE)[None, :],
+                (s - peak[:, None]).to(logits.dtype.element_ty),
+                mask=is_head[:, None],
+            )
+        new_top = tl.maximum(top, peak)
+        weights = tl.exp(s - new_top[:, None])
+        fade = tl.exp(top - new_top)
+        total = total * fade + tl.sum(weights, 1)
+        result = result * fade[:, None] + tl.dot(weights.to(values.dtype), values, input_precision="ieee")
+        top = new_top
+    if SPLITS == 1:
+        if SINKS:
+            sink = tl.load(sinks + head, mask=is_head, other=float("-inf")).to(tl.float32)
+            new_top = tl.maximum(top, sink)
+            fade = tl.exp(top - new_top)
+            total = total * fade + tl.exp(sink - new_top)
+            result = result * fade[:, None]
+            top = new_top
+        if STATS:
+            tl.store(lse + row * N_HEADS + head, top + tl.log(total), mask=is_head)
+        result = tl.where(length > 0, result / total[:, None], 0.0)
+        tl.store(
+            out + (row * N_HEADS + head)[:, None] * DIM + d[None, :],
+            result.to(out.dtype.element_ty),
+            mask=is_head[:, None] & in_dim[None, :],
+        )
+    else:
+        part = (row * N_HEADS + head) * SPLITS + split
+        tl.store(partial_lse + part, top + tl.log(total), mask=is_head)
+        tl.store(
+            partial_out + part[:, None] * DIM + d[None, :],
+            result / total[:, None],
+            mask=is_head[:, None] & in_dim[None, :],
+        )
+
+
+@triton.jit
+def _merge(
+    partial_out,
+    partial_lse,
+    lens,
+    sinks,
+    out,
+    lse,
+    N_HEADS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CHUNK: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    STATS: tl.constexpr,
+    SINKS: tl.constexpr,
+):
+    """The chunks of one head of one row by their log-sum-exp. Grid: (N_HEADS, rows)."""
+    head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    in_dim = d < DIM
+    length = tl.load(lens + row * GROUPS + head // (N_HEADS // GROUPS))
+    used = (length + CHUNK - 1) // CHUNK
+    part = (row * N_HEADS + head) * SPLITS
+    top = tl.full([], float("-inf"), tl.float32)
+    total = tl.zeros([], tl.float32)
+    if SINKS:
+        top = tl.load(sinks + head).to(tl.float32)
+        total += 1.0
+    result = tl.zeros([BLOCK_D], tl.float32)
+    for start in range(0, used, BLOCK_S):
+        split = start + tl.arange(0, BLOCK_S)
+        logs = tl.load(partial_lse + part + split, mask=split < used, other=float("-inf"))
+        new_top = tl.maximum(top, tl.max(logs, 0))
+        fade, weights = tl.exp(top - new_top), tl.exp(logs - new_top)
+        rows = tl.load(
+            partial_out + (part + split)[:, None] * DIM + d[None, :],
+            mask=(split < used)[:, None] & in_dim[None, :],
+            other=0.0,
+        )
+        result = result * fade + tl.sum(rows * weights[:, None], 0)
+        total = total * fade + tl.sum(weights, 0)
+        top = new_top
+    if STATS:
+        tl.store(lse + row * N_HEADS + head, top + tl.log(total))
+    result = tl.where(length > 0, result / total, 0.0)
+    tl.store(out + (row * N_HEADS + head) * DIM + d, result.to(out.dtype.element_ty), mask=in_dim)
+
+
+def _run(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    scale: float,
+    sinks: Tensor | None,
+    stats: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, n_heads, dim = q.shape
+    _, page_size, n_kv, _ = k_cache.shape
+    groups, width = block_table.shape[1:]
+    assert k_cache.stride(3) == v_cache.stride(3) == 1, "a token's numbers lie side by side"
+    q, block_table, seq_lens = q.contiguous(), block_table.contiguous(), seq_lens.contiguous()
+    capacity = width * page_size
+    chunk, tile = chunk_tokens(capacity), tile_tokens(q)
+    splits, tiles = max(1, triton.cdiv(capacity, chunk)), triton.cdiv(capacity, tile)
+    out = torch.empty_like(q)
+    fp32 = {"dtype": torch.float32, "device": q.device}
+    lse = torch.empty((rows, n_heads), **fp32)
+    # fp16 even for bf16: relative to a peak that is at hand, its ten bits of fraction are what a logit needs.
+    logits = torch.empty((rows, tiles if stats else 0, n_heads, tile), dtype=torch.float16, device=q.device)
+    peaks = torch.empty((rows, tiles if stats else 0, n_heads), **fp32)
+    parts = (rows, n_heads, splits) if splits > 1 else (0, 0, 0)
+    partial_out, partial_lse = torch.empty((*parts, dim), **fp32), torch.empty(parts, **fp32)
+    shape = {"N_HEADS": n_heads, "GROUPS": groups, "DIM": dim, "BLOCK_D": triton.next_power_of_2(dim)}
+    shape |= {"CHUNK": chunk, "SPLITS": splits, "STATS": stats, "SINKS": sinks is not None}
+    if rows == 0:
+        return out, logits, peaks, lse
+    _attend[(splits, n_kv, rows)](
+        q,
+        k_cache,
+        v_cache,
+        block_table,
+        seq_lens,
+        sinks,
+        out,
+        partial_out,
+        partial_lse,
+        logits,
+        peaks,
+        lse,
+        *k_cache.stride()[:3],
+        *v_cache.stride()[:3],
+        width,
+        tiles,
+        scale,
+        **shape,
+        KV_HEADS=n_kv,
+        BLOCK_H=max(16, triton.next_power_of_2(n_heads // n_kv)),
+        PAGE=page_size,
+        TILE=tile,
+        num_warps=4,
+        num_stages=3,
+    )
+    if splits > 1:
+        _merge[(n_heads, rows)](
+            partial_out,
+            partial_lse,
+            seq_lens,
+            sinks,
+            out,
+            lse,
+            **shape,
+            BLOCK_S=min(32, triton.next_power_of_2(splits)),
+            num_warps=2,
+        )
+    return out, logits, peaks, lse
+
+
+def decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    scale: float,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """See `naive.decode_attention`."""
+    return _run(q, k_cache, v_cache, block_table, seq_lens, scale, sinks, stats=False)[0]
+
+
+def decode_attention_stats(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    scale: float,
+    sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `naive.decode_attention_stats`. Logits leave in fp16, each tile's relative to its peak."""
+    return _run(q, k_cache, v_cache, block_table, seq_lens, scale, sinks, stats=True)

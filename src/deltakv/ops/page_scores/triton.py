@@ -1,0 +1,86 @@
+"""Page scores on a GPU, in Triton: one pass over the logits, one exponential a token."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _score(
+    logits,
+    peaks,
+    lse,
+    lens,
+    scores,
+    logits_row,
+    logits_tile,
+    logits_head,
+    peaks_row,
+    peaks_tile,
+    width,
+    PAGE: tl.constexpr,
+    N_HEADS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    TILE: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """TILES tiles of one row. Grid: (blocks, rows)."""
+    block, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    PAGES: tl.constexpr = TILES * TILE // PAGE
+    length = tl.load(lens + row)
+    page = block * PAGES + tl.arange(0, PAGES)
+    if block * TILES * TILE >= length:
+        tl.store(scores + row * width + page, tl.zeros([PAGES], tl.float32), mask=page < width)
+        return
+    tile, slot = block * TILES + tl.arange(0, TILES), tl.arange(0, TILE)
+    visible = tile[:, None] * TILE + slot[None, :] < length
+    best = tl.full([TILES, TILE], float("-inf"), tl.float32)
+    for first in range(0, N_HEADS, BLOCK_H):
+        head = first + tl.arange(0, BLOCK_H)
+        is_head = head < N_HEADS
+        shown = is_head[None, :] & (tile * TILE < length)[:, None]
+        peak = tl.load(peaks + row * peaks_row + tile[:, None] * peaks_tile + head[None, :], mask=shown, other=0.0)
+        norm = tl.load(lse + row * N_HEADS + head, mask=is_head, other=0.0)
+        where = row * logits_row + tile[:, None] * logits_tile + head[None, :] * logits_head
+        logit = tl.load(
+            logits + where[:, :, None] + slot[None, None, :],
+            mask=shown[:, :, None] & visible[:, None, :],
+            other=float("-inf"),
+        )
+        # The largest probability is that of the largest logit less its log-sum-exp.
+        best = tl.maximum(best, tl.max(logit.to(tl.float32) + (peak - norm[None, :])[:, :, None], 1))
+    weight = tl.where(visible, tl.exp(best), 0.0)
+    total = tl.sum(tl.reshape(weight, [PAGES, PAGE]), 1)
+    tl.store(scores + row * width + page, total, mask=page < width)
+
+
+def page_scores(logits: Tensor, peaks: Tensor, lse: Tensor, seq_lens: Tensor, page_size: int) -> Tensor:
+    """See `naive.page_scores`. There is one tile, or its tokens are a power of two."""
+    rows, tiles, n_heads, tile = logits.shape
+    logits, peaks, lse, seq_lens = (x.contiguous() for x in (logits, peaks, lse, seq_lens))
+    width = tiles * tile // page_size
+    scores = torch.empty((rows, width), dtype=torch.float32, device=logits.device)
+    # One tile for all is the same as many that have the same peak.
+    strides = (n_heads * tile, 128, tile, n_heads, 0) if tiles == 1 else (*logits.stride()[:3], *peaks.stride()[:2])
+    tile = 128 if tiles == 1 else tile
+    together = max(1, page_size // tile)
+    if scores.numel():
+        _score[(triton.cdiv(width * page_size, together * tile), rows)](
+            logits,
+            peaks,
+            lse,
+            seq_lens,
+            scores,
+            *strides,
+            width,
+            PAGE=page_size,
+            N_HEADS=n_heads,
+            BLOCK_H=min(32, triton.next_power_of_2(n_heads)),
+            TILE=tile,
+            TILES=together,
+            num_warps=4,
+        )
+    return scores
