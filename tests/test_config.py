@@ -53,6 +53,8 @@ def test_budgets_count_whole_pages(page_size: int) -> None:
         ({"page_size": 8}, r"page_size=8 is not one of \(16, 32, 64, 128\)"),
         ({"page_size": 0}, "page_size=0"),
         ({"page_size": "16"}, "page_size='16'"),
+        ({"page_size": 16.0}, "page_size=16.0"),
+        ({"page_size": True}, "page_size=True"),
         ({"budget": 1000}, "budget=1000 is not a multiple of the page size 16; the nearest are 992 and 1008"),
         ({"recent": 100}, "recent=100 is not a multiple of the page size 16; the nearest are 96 and 112"),
         ({"sinks": 4}, "sinks=4 is not a multiple of the page size 16; the nearest are 0 and 16"),

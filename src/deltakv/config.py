@@ -28,12 +28,16 @@ class Method:
     plan: PlanSpec = None
 
     def __post_init__(self) -> None:
-        if self.page_size not in PAGE_SIZES:
+        if type(self.page_size) is not int or self.page_size not in PAGE_SIZES:
             raise ConfigError(f"page_size={self.page_size!r} is not one of {PAGE_SIZES}")
 
     def layer_plan(self, depth: int) -> LayerPlan:
         """The plan for a model with `depth` layers to plan. Raises `PlanError` if there is none."""
         return resolve(self.plan, depth)
+
+    def kept_pages(self, length: int) -> int:
+        """Pages that a REUSE layer reads of a row of `length` tokens; all, unless the method says less."""
+        return -(-length // self.page_size)
 
     def _pages(self, name: str, least: int) -> int:
         """The field `name` in whole pages. Raises `ConfigError` if it is not a whole number of at least `least`."""
@@ -96,6 +100,10 @@ class Delta(Method):
             )
         if not isinstance(self.min_context, int) or isinstance(self.min_context, bool) or self.min_context < 0:
             raise ConfigError(f"min_context={self.min_context!r} must be a whole number of tokens, 0 or more")
+
+    def kept_pages(self, length: int) -> int:
+        pages = -(-length // self.page_size)
+        return pages if length <= self.min_context else min(pages, self.budget_pages)
 
     @property
     def budget_pages(self) -> int:

@@ -199,3 +199,40 @@ def test_missing_extra(run: Run, monkeypatch: pytest.MonkeyPatch, module: str, e
         monkeypatch.delitem(sys.modules, "deltakv.cli.app", raising=False)
     monkeypatch.setitem(sys.modules, module, None)
     refused(run("inspect"), f"{module} is not installed", f"pip install 'deltakv[{extra}]'")
+
+
+@pytest.mark.parametrize("line", ['{"prompt": "\\ud800 x"}', "[" * 100_000])
+def test_jsonl_lines_that_break_readers(run: Run, model_folder: str, tmp_path: Path, line: str) -> None:
+    """Named by number, and the others are done; a byte order mark is no error."""
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(f'{{"prompt": "hello"}}\n{line}\n{{"prompt": "bye"}}\n', encoding="utf-8-sig")
+    result = run("generate", "--model", model_folder, "--jsonl", str(file), "--max-new-tokens", "3")
+    assert result.code == 2 and "line 2" in result.err and "Traceback" not in result.err
+    assert [json.loads(answer)["id"] for answer in result.out.splitlines()] == [1, 3]
+
+
+def test_truncated_weights(run: Run, model_folder: str, tmp_path: Path) -> None:
+    import shutil
+
+    folder = Path(shutil.copytree(model_folder, tmp_path / "broken"))
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:1000])
+    refused(run("generate", "hello", "--model", str(folder)), "cannot load", "broken")
+
+
+def test_truncated_gguf(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DELTAKV_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "x.gguf").write_bytes(b"GGUF\n")
+    result = run("plan", "--model", str(tmp_path / "x.gguf"))
+    assert result.code == 2 and "cannot read" in result.err and "Traceback" not in result.err
+
+
+def test_device_without_numbers(run: Run, model_folder: str) -> None:
+    refused(run("generate", "hello", "--model", model_folder, "--device", "meta"), "'meta' cannot be used")
+
+
+def test_pictures_and_files_that_cannot_be_written(run: Run, model_folder: str, tmp_path: Path) -> None:
+    compare = ("compare", "--model", model_folder)
+    refused(run(*compare, "--plot", str(tmp_path / "x.foo")), ".png, .svg, .pdf")
+    refused(run(*compare, "--json", str(tmp_path / "a.png")), "both the JSON and the picture")
+    refused(run(*compare, "--json", "/proc/foo.json"), "cannot write /proc/foo.json")
+    assert not list(tmp_path.iterdir()), "a check leaves nothing behind"

@@ -192,6 +192,23 @@ def test_models_that_share_a_config(tiny_model: Any) -> None:
         assert torch.equal(greedy(other, batch, 4).logits, stock.logits)
 
 
+def test_a_second_method_through_a_shared_config_is_refused(tiny_model: Any) -> None:
+    """The config names one attention for both models: handles removed out of order would leave it broken."""
+    one = tiny_model("llama")
+    other = type(one)(one.config).eval()
+    if other.config is not one.config:
+        other.config = one.config
+    before = one.config._attn_implementation
+    handle = deltakv.apply(one, METHOD)
+    with pytest.raises(deltakv.UnsupportedUseError, match="shares its config"):
+        deltakv.apply(other, deltakv.Full())
+    handle.remove()
+    assert one.config._attn_implementation == before
+    with deltakv.apply(other, deltakv.Full()):
+        greedy(other, ragged(20), 2)
+    assert one.config._attn_implementation == before
+
+
 def test_handles_one_after_the_other_do_not_pile_up(model_of: Any) -> None:
     model = model_of("llama")
     marks = fingerprint(model)

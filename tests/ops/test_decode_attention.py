@@ -238,6 +238,16 @@ def test_a_row_does_not_depend_on_its_batch_with_threads(op: Op, dtype: torch.dt
 
 
 @pytest.mark.parametrize("op", RUNNING)
+def test_one_head_and_many_threads(op: Op) -> None:
+    """A row alone leaves threads idle, a batch does not: that may not decide how a row is cut."""
+    batch = make_paged([511, 512, 513, 1000] * 2, head_dim=64, n_heads=1, n_kv=1, layout=OWN)
+    op = with_two_threads(op)
+    together = tensors(op(*batch.arguments))
+    for row in range(8):
+        assert_same_bits(op(*batch.rows([row])), tuple(x[[row]] for x in together), f"row {row}")
+
+
+@pytest.mark.parametrize("op", RUNNING)
 def test_head_groups_do_not_depend_on_the_batch(op: Op) -> None:
     batch = make_paged(GROUPED, n_heads=8, n_kv=4, groups=2, head_dim=64, layout=OWN)
     together = tensors(op(*batch.arguments))

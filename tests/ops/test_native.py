@@ -75,19 +75,35 @@ def test_only_torchs_own_threads(fresh: Path) -> None:
 @needs_compiler
 def test_another_compiler_or_source_is_another_library(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = shutil.which("c++") or ""
-    monkeypatch.setenv("CXX", compiler_that(fresh.parent, f'[ "$1" = --version ] && echo mine 1.0 || exec {real} "$@"'))
+    own = compiler_that(fresh.parent, f'exec {real} "$@"')
+    monkeypatch.setenv("CXX", f"{own} -DNOTHING")  # with an option, as wrappers have them
     native.build()
     monkeypatch.delenv("CXX")
     native.build()
     assert len(list(fresh.iterdir())) == 2
 
 
+@needs_compiler
+def test_what_is_compiled_needs_no_compiler(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    native.build()
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    assert native.library() is not None
+
+
+@needs_compiler
+def test_a_broken_library_is_made_anew(fresh: Path) -> None:
+    made = fresh / f"ops-{native._key()}.so"
+    fresh.mkdir()
+    made.write_bytes(b"half a fi")
+    assert native.library() is not None and made.stat().st_size > 1000
+
+
 @pytest.mark.parametrize(
     "does, why",
     [
-        ('[ "$1" = --version ] && exit 0; echo "no such header" >&2; exit 1', "no such header"),
-        ("exit 3", "cannot be asked for its version"),
-        ('[ "$1" = --version ] && exit 0; case "$*" in *-shared*) echo rubbish > "${5}";; *) exit 0;; esac', "loaded"),
+        ('echo "no such header" >&2; exit 1', "no such header"),
+        ('case "$*" in *-shared*) exit 3;; esac', "failed to link"),
+        ('case "$*" in *-shared*) echo rubbish > "${5}";; esac', "cannot be made or loaded"),
     ],
 )
 def test_a_compiler_that_fails(fresh: Path, monkeypatch: pytest.MonkeyPatch, does: str, why: str) -> None:

@@ -72,11 +72,8 @@ def step_cost(config: Any, windows: tuple[int | None, ...], method: Method, dtyp
 
 def _kept(length: int, method: Method) -> int:
     """Tokens of the pick: whole pages, but the last one of the text may be partly filled."""
-    budget, min_context = getattr(method, "budget", None), getattr(method, "min_context", 0)
-    pages = -(-length // method.page_size)
-    if budget is None or length <= min_context or pages * method.page_size <= budget:
-        return length
-    return int(budget) - (pages * method.page_size - length)
+    empty = -length % method.page_size
+    return method.kept_pages(length) * method.page_size - empty
 
 
 def _parameters(config: Any) -> tuple[int, int]:

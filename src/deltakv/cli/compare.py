@@ -45,6 +45,7 @@ def compare(
     parsed = [name if name in BASELINES else options.parse_method(name, BASELINES) for name in names]
     if plot is None and json_file is not None:
         plot = json_file.with_suffix(".png")
+    options.check_picture(plot, (".png", ".svg", ".pdf"))
     options.check_output(json_file, plot)
     if plot is not None:
         import matplotlib  # noqa: F401  now, and not after minutes of measuring

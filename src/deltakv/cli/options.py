@@ -77,12 +77,28 @@ def load(model: str, dtype: str, device: str, threads: int | None) -> Loaded:
 
 
 def check_output(*paths: Path | None) -> None:
-    """Raises `InputError` if a file to be written has no folder, before the work that fills it."""
-    for path in paths:
-        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+    """Raises `InputError` if a file cannot be written, or two are the same, before the work that fills them."""
+    given = [path for path in paths if path is not None]
+    for path in given:
+        if path.is_dir() or not path.absolute().parent.is_dir():
             raise InputError(
                 f"cannot write {path}: {'it is a folder' if path.is_dir() else 'its folder does not exist'}"
             )
+        existed = path.exists()
+        try:
+            path.open("a").close()
+        except OSError as error:
+            raise InputError(f"cannot write {path}: {error.strerror}") from None
+        if not existed:
+            path.unlink()
+    if len({path.resolve() for path in given}) < len(given):
+        raise InputError(f"{given[0]} cannot be both the JSON and the picture; give them different names")
+
+
+def check_picture(path: Path | None, kinds: Sequence[str]) -> None:
+    """Raises `InputError` if a picture's name does not end in one of `kinds`."""
+    if path is not None and path.suffix.lower() not in kinds:
+        raise InputError(f"cannot draw {path}: a picture's name ends in {', '.join(kinds)}")
 
 
 def write_json(path: Path | None, data: dict[str, Any]) -> None:

@@ -68,10 +68,14 @@ def _parse_line(line: str, number: int) -> Prompt:
         data: Any = json.loads(line)
     except json.JSONDecodeError as error:
         raise InputError(f"not JSON ({error.msg} at column {error.colno})") from None
+    except RecursionError:
+        raise InputError("not JSON that can be read (nested too deeply)") from None
     if not isinstance(data, dict) or not isinstance(data.get("prompt"), str):
         raise InputError('needs an object with "prompt", a string')
     if not data["prompt"].strip():
         raise InputError('"prompt" is empty')
+    if any("\ud800" <= character <= "\udfff" for character in data["prompt"]):
+        raise InputError('"prompt" holds half of a surrogate pair, which is no character')
     name = data.get("id", number)
     if not isinstance(name, str | int):
         raise InputError('"id" must be a string or a number')
@@ -81,7 +85,7 @@ def _parse_line(line: str, number: int) -> Prompt:
 def read_text(path: Path) -> str:
     """A UTF-8 file's text. Raises `InputError` if it cannot be read."""
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise InputError(f"the file {path} does not exist") from None
     except UnicodeDecodeError as error:

@@ -57,6 +57,8 @@ def load_model(path: str, dtype: str = "auto", device: str = "auto") -> Any:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         where = torch.device(device)
+        if where.type == "meta":
+            raise RuntimeError("it holds no numbers")
         torch.empty(0, device=where)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"device {device!r} cannot be used: {_one_line(error)}") from None
@@ -86,7 +88,9 @@ def _from_pretrained(auto: Any, path: str, **options: Any) -> Any:
     quiet()
     try:
         return auto.from_pretrained(path, **options)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # each file format brings errors of its own: struct.error, SafetensorError, ...
         said = _one_line(error)
         if "model type" in said or "Unrecognized configuration class" in said or "Unrecognized model" in said:
             raise UnsupportedModelError(f"transformers has no causal language model for {path}: {said}") from None

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK, MUTED, ACCENT, BASE, SINK, RECENT = "#1f2328", "#6b7280", "#2563eb", "#9ca3af", "#d97706", "#059669"
+#: Behind a label that may lie across a line.
+PAPER = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
 #: A KL at or below this, in nats, is rounding.
 KL_FLOOR = 1e-6
 
@@ -63,7 +65,7 @@ def _speed_panel(axis: Any, results: Sequence[dict[str, Any]], places: list[int]
         ratio = speed / base["decode_tokens_per_s"]
         colour = BASE if _is_dense(result) else ACCENT
         axis.barh(place, ratio, height=0.55, color=colour)
-        axis.text(ratio, place, f"  {ratio:.2f}x, {speed:.1f} tokens/s", va="center", fontsize=9, color=INK)
+        axis.text(ratio, place, f" {ratio:.2f}x, {speed:.1f} tokens/s", va="center", fontsize=9, color=INK, bbox=PAPER)
     axis.axvline(1, color=MUTED, linewidth=0.8, linestyle=":")
     axis.set_xlabel(f"decode speed, ratio to {base['method']}\n(more is better)")
     axis.margins(x=0.35)

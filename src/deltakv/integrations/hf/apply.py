@@ -27,6 +27,7 @@ from deltakv.methods import selector
 from deltakv.ops import native
 from deltakv.plan import LayerPlan
 
+_PREFIX = "deltakv_"
 _numbers = itertools.count(1)
 _applied: weakref.WeakKeyDictionary[PreTrainedModel, weakref.ref[Handle]] = weakref.WeakKeyDictionary()
 
@@ -59,6 +60,12 @@ class Handle:
             raise UnsupportedUseError(
                 f"{other.method} is already applied to this model; remove it first (handle.remove(), "
                 "or leave the `with` block)"
+            )
+        if model.config._attn_implementation.startswith(_PREFIX):
+            raise UnsupportedUseError(
+                "this model shares its config object with another one that a method is applied to, and the config says "
+                "which attention runs; remove that one first, or build this model from a "
+                "copy of the config"
             )
         self.model = model
         self.method: Method = method
@@ -130,7 +137,7 @@ class Handle:
 
     def _install(self, undo: contextlib.ExitStack) -> None:
         """Everything that `remove` undoes, in reverse."""
-        model, name = self.model, f"deltakv_{next(_numbers)}"
+        model, name = self.model, f"{_PREFIX}{next(_numbers)}"
         _applied[model] = weakref.ref(self)
         undo.callback(_applied.pop, model, None)
 

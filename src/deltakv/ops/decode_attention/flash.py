@@ -150,9 +150,12 @@ def _kv(group: _Group, k_heads: Tensor, v_heads: Tensor) -> tuple[Tensor, Tensor
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """q [rows, n_kv, heads a KV head, dim] over K and V: out of the same shape, lse fp32 without the dim."""
     n_kv, tokens = k.shape[1:3]
-    if n_kv >= torch.get_num_threads() or tokens < 2 * CHUNK:
+    if n_kv >= torch.get_num_threads():
         out, lse = _flash(q, k, v, scale=scale)
         return out, lse
+    if tokens < 2 * CHUNK:  # a row at a time: with heads to spare the kernel would cut rows by what the batch leaves
+        alone = [_flash(*(x[row : row + 1] for x in (q, k, v)), scale=scale) for row in range(len(q))]
+        return torch.cat([out for out, _ in alone]), torch.cat([lse for _, lse in alone])
     whole = tokens // CHUNK
     outs, lses = [], []
     for row in range(len(q)):
