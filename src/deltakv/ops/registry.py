@@ -12,14 +12,15 @@ _LIBRARY = torch.library.Library("deltakv", "DEF")
 
 
 class Lazy:
-    """A module of functions that is imported when one of them is first called."""
+    """A module of GPU functions, imported when one of them is first called; they run where their first tensor is."""
 
     def __init__(self, module: str) -> None:
         self._module = module
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            return getattr(importlib.import_module(self._module), name)(*args, **kwargs)
+            with torch.cuda.device_of(args[0]):  # Triton launches on the current device, whatever its tensors say
+                return getattr(importlib.import_module(self._module), name)(*args, **kwargs)
 
         return call
 
