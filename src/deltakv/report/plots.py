@@ -65,8 +65,9 @@ def _speed_panel(axis: Any, results: Sequence[dict[str, Any]], places: list[int]
         ratio = speed / base["decode_tokens_per_s"]
         colour = BASE if _is_dense(result) else ACCENT
         axis.barh(place, ratio, height=0.55, color=colour)
-        axis.text(ratio, place, f" {ratio:.2f}x, {speed:.1f} tokens/s", va="center", fontsize=9, color=INK, bbox=PAPER)
-    axis.axvline(1, color=MUTED, linewidth=0.8, linestyle=":")
+        label, aside = f"{ratio:.2f}x, {speed:.1f} tokens/s", {"xytext": (7, 0), "textcoords": "offset points"}
+        axis.annotate(label, (ratio, place), **aside, va="center", fontsize=9, color=INK, bbox=PAPER)
+    axis.axvline(1, color=MUTED, linewidth=0.8, linestyle=":", zorder=0.5)
     axis.set_xlabel(f"decode speed, ratio to {base['method']}\n(more is better)")
     axis.margins(x=0.35)
     axis.set_xlim(left=0)
