@@ -74,7 +74,7 @@ def measure() -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    result = {**provenance(), "threads": torch.get_num_threads(), "gigabytes_a_second": measure()}
+    result = {**provenance(), "gigabytes_a_second": measure()}
     Path(sys.argv[1]).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     for part, speed in result["gigabytes_a_second"].items():
         print(f"{speed:6.1f} GB/s  {part}")

@@ -102,7 +102,7 @@ class Delta(Method):
             raise ConfigError(f"min_context={self.min_context!r} must be a whole number of tokens, 0 or more")
 
     def kept_pages(self, length: int) -> int:
-        pages = -(-length // self.page_size)
+        pages = super().kept_pages(length)
         return pages if length <= self.min_context else min(pages, self.budget_pages)
 
     @property

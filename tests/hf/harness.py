@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,6 +24,20 @@ SMALL: dict[str, int] = {"budget": 64, "recent": 16, "sinks": 16, "min_context":
 def tokens(count: int, seed: int = 0) -> Tensor:
     """int64 [count], none of them a special token."""
     return torch.randint(3, 128, (count,), generator=torch.Generator().manual_seed(seed))
+
+
+@contextmanager
+def failing_layer(model: Any, layer: int = 3) -> Iterator[None]:
+    """A context in which every forward fails before that layer, with a RuntimeError "in the middle"."""
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("in the middle")
+
+    hook = model.get_decoder().layers[layer].register_forward_pre_hook(fail)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def left_padded(rows: Sequence[Tensor]) -> dict[str, Tensor]:

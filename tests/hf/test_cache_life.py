@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import deltakv
-from hf.harness import KINDS, SMALL, assert_close, decode, left_padded, positions, ragged, tokens
+from hf.harness import KINDS, SMALL, assert_close, decode, failing_layer, left_padded, positions, ragged, tokens
 
 METHOD = deltakv.Delta(**SMALL)
 VARIED = ("llama", "gemma3", "gpt_oss")
@@ -36,20 +36,15 @@ def test_a_forward_that_fails_half_way_never_happened(model_of: Any, kind: str, 
     """Layers before the failure have stored their K and V; the next forward must not see it."""
     model, row = model_of(kind), tokens(140, seed=1)
 
-    def fail(*_: Any) -> None:
-        raise RuntimeError("in the middle")
-
     with deltakv.apply(model, METHOD) as handle:
         expected = alone(model, handle, row[:100], row[100:106])
         cache = handle.new_cache()
         feed(model, cache, row[None, :100])
         handle.stats.reset()
         got = [feed(model, cache, row[None, 100:101])[0]]
-        hook = model.get_decoder().layers[3].register_forward_pre_hook(fail)
         for _ in range(2):
-            with pytest.raises(RuntimeError, match="in the middle"):
+            with failing_layer(model), pytest.raises(RuntimeError, match="in the middle"):
                 feed(model, cache, tokens(count, seed=9)[None])
-        hook.remove()
         assert cache.get_seq_length() == 101
         got += [feed(model, cache, token.view(1, 1))[0] for token in row[101:106]]
         assert_close(torch.cat(got), expected)
@@ -59,15 +54,10 @@ def test_a_forward_that_fails_half_way_never_happened(model_of: Any, kind: str, 
 def test_first_forward_fails(model_of: Any) -> None:
     model, row = model_of("llama"), tokens(90)
 
-    def fail(*_: Any) -> None:
-        raise RuntimeError("in the middle")
-
     with deltakv.apply(model, METHOD) as handle:
         cache = handle.new_cache()
-        hook = model.model.layers[3].register_forward_pre_hook(fail)
-        with pytest.raises(RuntimeError, match="in the middle"):
+        with failing_layer(model), pytest.raises(RuntimeError, match="in the middle"):
             feed(model, cache, row[None, :70])
-        hook.remove()
         feed(model, cache, row[None, :80])
         got = torch.cat([feed(model, cache, token.view(1, 1))[0] for token in row[80:]])
         assert_close(got, alone(model, handle, row[:80], row[80:]))
@@ -77,15 +67,10 @@ def test_first_forward_fails_and_the_next_has_another_batch(model_of: Any) -> No
     """A cache whose only forward failed is empty, so it is free for a batch of any size."""
     model = model_of("llama")
 
-    def fail(*_: Any) -> None:
-        raise RuntimeError("in the middle")
-
     with deltakv.apply(model, METHOD) as handle:
         cache = handle.new_cache()
-        hook = model.model.layers[3].register_forward_pre_hook(fail)
-        with pytest.raises(RuntimeError, match="in the middle"):
+        with failing_layer(model), pytest.raises(RuntimeError, match="in the middle"):
             feed(model, cache, tokens(20).view(2, 10))
-        hook.remove()
         logits = feed(model, cache, tokens(30).view(3, 10))
         assert_close(logits, feed(model, handle.new_cache(), tokens(30).view(3, 10)))
 

@@ -15,6 +15,7 @@ from hf.harness import (
     assert_close,
     assert_equals_oracle,
     decode,
+    failing_layer,
     left_padded,
     positions,
     recorded_picks,
@@ -199,19 +200,14 @@ def test_a_failed_forward_leaves_no_counts_behind(model_of: Any) -> None:
     """After an error in the middle of an evaluation, the next one counts and traces as if it had not happened."""
     model, row = model_of("llama"), tokens(120, seed=6)
 
-    def fail(*_: Any) -> None:
-        raise RuntimeError("in the middle")
-
     with deltakv.apply(model, small("llama")) as handle, torch.no_grad():
         expected, clean = evaluate(model, handle, row, 90, [30], picks=True, recall=True)
         attended = handle.stats.attended_tokens
         cache = model(row[None, :90]).past_key_values
         handle.stats.reset()
         with handle.positions(picks=True, recall=True) as trace:
-            hook = model.model.layers[3].register_forward_pre_hook(fail)
-            with pytest.raises(RuntimeError, match="in the middle"):
+            with failing_layer(model), pytest.raises(RuntimeError, match="in the middle"):
                 model(row[None, 90:], past_key_values=cache)
-            hook.remove()
             logits = model(row[None, 90:], past_key_values=cache).logits[0]
         assert_close(logits, expected)
         assert handle.stats.rows == 30

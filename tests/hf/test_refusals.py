@@ -10,7 +10,7 @@ import transformers
 from torch import nn
 
 import deltakv
-from hf.harness import SMALL, decode, greedy, left_padded, ragged, tokens
+from hf.harness import SMALL, decode, failing_layer, greedy, left_padded, ragged, tokens
 
 METHOD = deltakv.Delta(**SMALL)
 COMMON: dict[str, Any] = {
@@ -258,8 +258,8 @@ class TestCaches:
         model = model_of("llama")
         with deltakv.apply(model, METHOD):
             cache = model(tokens(20)[None]).past_key_values
-            with pytest.raises(RuntimeError, match="in the middle"):
-                fail_in_layer(model, 3, lambda: model(tokens(1)[None], past_key_values=cache))
+            with failing_layer(model), pytest.raises(RuntimeError, match="in the middle"):
+                model(tokens(1)[None], past_key_values=cache)
         with pytest.raises(deltakv.UnsupportedUseError, match="no method is applied"):
             model(tokens(1)[None], past_key_values=cache)
 
@@ -365,19 +365,6 @@ class TestMasks:
         row = torch.cat([tokens(10), tokens(1, seed=4)])
         ours = model(row[None, 10:], past_key_values=cache).logits[0, -1]
         torch.testing.assert_close(ours, model(row[None]).logits[0, -1], atol=1e-4, rtol=0)
-
-
-def fail_in_layer(model: Any, layer: int, call: Any) -> None:
-    """Runs `call` with an error thrown before that layer."""
-
-    def fail(*_: Any) -> None:
-        raise RuntimeError("in the middle")
-
-    hook = model.model.layers[layer].register_forward_pre_hook(fail)
-    try:
-        call()
-    finally:
-        hook.remove()
 
 
 def test_an_empty_row_of_padding_alone(model_of: Any) -> None:

@@ -17,7 +17,7 @@ from transformers import StoppingCriteria
 
 import deltakv
 from hf.conftest import fingerprint
-from hf.harness import KINDS, SMALL, assert_same_generation, decode, greedy, ragged, tokens
+from hf.harness import KINDS, SMALL, assert_same_generation, decode, failing_layer, greedy, ragged, tokens
 
 METHOD = deltakv.Delta(**SMALL)
 
@@ -66,11 +66,8 @@ class Fails(StoppingCriteria):
 
 def test_after_an_exception_inside_a_layer(before: Any) -> None:
     model, batch, check = before
-    layers = model.get_decoder().layers
-    hook = layers[3].register_forward_pre_hook(fail)
-    with pytest.raises(RuntimeError, match="in the middle"), deltakv.apply(model, METHOD):
+    with failing_layer(model), pytest.raises(RuntimeError, match="in the middle"), deltakv.apply(model, METHOD):
         greedy(model, batch, 4)
-    hook.remove()
     check()
 
 

@@ -161,7 +161,7 @@ def test_registered_ops_run_the_library(monkeypatch: pytest.MonkeyPatch) -> None
 def test_other_dtypes_and_layouts_run_in_pytorch() -> None:
     for dtype in (torch.float16, torch.float64):
         batch = make_paged([5, 40, 300], head_dim=64, dtype=dtype)
-        assert not attention._serves(batch.k_cache, batch.v_cache)
+        assert attention._library(batch.k_cache, batch.v_cache) is None
         wide = make_paged([5, 40, 300], head_dim=64, dtype=torch.float32)
         got, want = ops.decode_attention(*batch.arguments), ops.decode_attention(*wide.arguments)
         torch.testing.assert_close(got.float(), want, rtol=0, atol=5e-3)

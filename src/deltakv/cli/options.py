@@ -91,8 +91,8 @@ def check_output(*paths: Path | None) -> None:
             raise InputError(f"cannot write {path}: {error.strerror}") from None
         if not existed:
             path.unlink()
-    if len({path.resolve() for path in given}) < len(given):
-        raise InputError(f"{given[0]} cannot be both the JSON and the picture; give them different names")
+    if twice := {path for path in given if sum(path.resolve() == other.resolve() for other in given) > 1}:
+        raise InputError(f"{min(twice)} cannot be both the JSON and the picture; give them different names")
 
 
 def check_picture(path: Path | None, kinds: Sequence[str]) -> None:

@@ -29,17 +29,18 @@ class _Call(ctypes.Structure):
     )
 
 
-def _serves(k_cache: Tensor, v_cache: Tensor) -> bool:
-    """Whether there is C++ for such a cache: fp32 or bf16, and each token's numbers side by side."""
-    return (
+def _library(k_cache: Tensor, v_cache: Tensor) -> ctypes.CDLL | None:
+    """The C++ ops, if they serve such a cache: fp32 or bf16, and each token's numbers side by side."""
+    served = (
         k_cache.dtype == v_cache.dtype
         and k_cache.dtype in (torch.float32, torch.bfloat16)
         and k_cache.stride(3) == v_cache.stride(3) == 1
-        and native.library() is not None
     )
+    return native.library() if served else None
 
 
 def _run(
+    library: ctypes.CDLL,
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
@@ -69,8 +70,6 @@ def _run(
         scale,
         k_cache.dtype == torch.bfloat16,
     )
-    library = native.library()
-    assert library is not None
     if library.deltakv_decode_attention(ctypes.byref(call)):
         if int(lens.max()) > width * page_size:
             raise IndexError(
@@ -90,9 +89,10 @@ def decode_attention(
     sinks: Tensor | None = None,
 ) -> Tensor:
     """See `naive.decode_attention`."""
-    if not _serves(k_cache, v_cache):
+    library = _library(k_cache, v_cache)
+    if library is None:
         return flash.decode_attention(q, k_cache, v_cache, block_table, seq_lens, scale, sinks)
-    return _run(q, k_cache, v_cache, block_table, seq_lens, scale, sinks, None, None)
+    return _run(library, q, k_cache, v_cache, block_table, seq_lens, scale, sinks, None, None)
 
 
 def decode_attention_stats(
@@ -105,10 +105,11 @@ def decode_attention_stats(
     sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `naive.decode_attention_stats`. K and V are read once."""
-    if not _serves(k_cache, v_cache):
+    library = _library(k_cache, v_cache)
+    if library is None:
         return flash.decode_attention_stats(q, k_cache, v_cache, block_table, seq_lens, scale, sinks)
     rows, n_heads, _ = q.shape
     logits = torch.empty((rows, 1, n_heads, block_table.shape[2] * k_cache.shape[1]))
     lse = torch.empty((rows, n_heads))
-    out = _run(q, k_cache, v_cache, block_table, seq_lens, scale, sinks, logits, lse)
+    out = _run(library, q, k_cache, v_cache, block_table, seq_lens, scale, sinks, logits, lse)
     return out, logits, torch.zeros_like(lse)[:, None], lse
