@@ -156,7 +156,7 @@ class RowsMachine(RuleBasedStateMachine):
         step, values = self.write(counts)
         assert step.past == [len(row) for row in self.model]
         assert step.lengths == [len(row) + count for row, count in zip(self.model, counts, strict=True)]
-        self.kv.commit(step)
+        self.kv.commit(step.lengths)
         for row, new in zip(self.model, values, strict=True):
             row += new
 
@@ -241,7 +241,7 @@ def test_slots_are_those_of_the_layout_that_stays() -> None:
     kv = PagedKV(1, PAGE)
     first = kv.begin([1])
     kv.pool.ensure_layer(0, torch.zeros(1, 1, 4))
-    kv.commit(first)
+    kv.commit(first.lengths)
     kv.rearrange([0] * 12)
     slots = [slot for row in kv.begin([1] * 12).slots for slot in row]
     assert len(set(slots)) == 12
@@ -267,9 +267,9 @@ def test_a_reserved_row_is_one_run() -> None:
     """Rows of a batch get the pages that they will need side by side, so each is read in place."""
     kv = PagedKV(1, PAGE)
     kv.reserve(300)
-    kv.commit(kv.begin([40, 3, 120]))
+    kv.commit(kv.begin([40, 3, 120]).lengths)
     for _ in range(100):
-        kv.commit(kv.begin([1, 1, 1]))
+        kv.commit(kv.begin([1, 1, 1]).lengths)
     for row in kv.rows:
         assert row.pages == list(range(row.pages[0], row.pages[0] + 19))
     assert kv.pool.n_pages == 57
@@ -280,7 +280,7 @@ def test_growth_is_geometric() -> None:
     kv = PagedKV(1, PAGE)
     sizes = set()
     for _ in range(2000):
-        kv.commit(kv.begin([1]))
+        kv.commit(kv.begin([1]).lengths)
         sizes.add(kv.pool.n_pages)
     assert len(sizes) < 20
     assert max(sizes) < 2 * 2000 / PAGE
@@ -289,7 +289,7 @@ def test_growth_is_geometric() -> None:
 def test_table_is_as_wide_as_asked_and_safe_beyond() -> None:
     """Entries beyond a row's pages are 0, a page that exists, so that nothing reads out of bounds."""
     kv = PagedKV(1, PAGE)
-    kv.commit(kv.begin([40, 3]))
+    kv.commit(kv.begin([40, 3]).lengths)
     table = kv.block_table(40)
     assert table.dtype == torch.int32 and table.shape == (2, 1, 3)
     assert (table >= 0).all() and (table < kv.pool.n_pages).all()
@@ -320,6 +320,6 @@ def test_layers_may_differ() -> None:
 
 def test_a_batch_keeps_its_size() -> None:
     kv = PagedKV(1, PAGE)
-    kv.commit(kv.begin([4, 4]))
+    kv.commit(kv.begin([4, 4]).lengths)
     with pytest.raises(AssertionError, match="batch size"):
         kv.begin([1, 1, 1])

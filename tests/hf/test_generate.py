@@ -120,7 +120,7 @@ def test_beams(model_of: Any, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", VARIED)
 def test_rows_that_end_early(model_of: Any, kind: str) -> None:
-    """A finished row is fed padding that counts as its tokens; the others go on as if nothing had happened."""
+    """The others go on as if nothing had happened."""
     model, batch = model_of(kind), ragged(30, 18)
     plain = greedy(model, batch, 20)
     end = int(plain.sequences[0, 30 + 5])

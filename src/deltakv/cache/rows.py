@@ -76,9 +76,10 @@ class PagedKV:
         ]
         return Append(past, lengths, slots)
 
-    def commit(self, step: Append) -> None:
-        """The step's tokens now belong to the rows."""
-        for row, length in zip(self.rows, step.lengths, strict=True):
+    def commit(self, lengths: list[int]) -> None:
+        """The tokens up to `lengths[r]` now belong to row r; room was made for them."""
+        for row, length in zip(self.rows, lengths, strict=True):
+            assert length <= len(row.pages) * self.page_size, "a row cannot hold more than its pages"
             row.length = length
 
     def truncate(self, lengths: list[int]) -> None:
@@ -122,14 +123,20 @@ class PagedKV:
         self.rows = []
         self._table = None
 
-    def block_table(self, tokens: int) -> Tensor:
-        """int32 [rows, 1, width] on the CPU, wide enough for rows of `tokens` tokens; 0 where a row has no page."""
+    @property
+    def room(self) -> int:
+        """Tokens that every row can take in before any needs another page."""
+        return min(len(row.pages) * self.page_size - row.length for row in self.rows)
+
+    def block_table(self, tokens: int | None = None) -> Tensor:
+        """int32 [rows, 1, width] on the CPU, wide enough for rows of `tokens` tokens, or for all that they have room
+        for; 0 where a row has no page."""
         if self._table is None:
             width = max(len(row.pages) for row in self.rows)
             self._table = torch.zeros((len(self.rows), 1, width), dtype=torch.int32)
             for index, row in enumerate(self.rows):
                 self._table[index, 0, : len(row.pages)] = torch.tensor(row.pages, dtype=torch.int32)
-        return self._table[:, :, : self._pages(tokens)]
+        return self._table if tokens is None else self._table[:, :, : self._pages(tokens)]
 
     @property
     def nbytes(self) -> int:

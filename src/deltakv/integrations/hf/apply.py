@@ -20,8 +20,10 @@ from deltakv.config import Method
 from deltakv.errors import ConfigError, UnsupportedUseError
 from deltakv.integrations.hf.attention import PagedAttention
 from deltakv.integrations.hf.cache import PagedCache
+from deltakv.integrations.hf.generation import Generation
 from deltakv.integrations.hf.positions import Positions, Trace
-from deltakv.integrations.hf.stats import Statistics
+from deltakv.integrations.hf.stats import Meter, Statistics
+from deltakv.integrations.hf.step import Chunk
 from deltakv.integrations.hf.support import model_shape, unwrap
 from deltakv.methods import selector
 from deltakv.ops import native
@@ -30,9 +32,6 @@ from deltakv.plan import LayerPlan
 _PREFIX = "deltakv_"
 _numbers = itertools.count(1)
 _applied: weakref.WeakKeyDictionary[PreTrainedModel, weakref.ref[Handle]] = weakref.WeakKeyDictionary()
-
-#: Entry points of transformers' continuous batching, which replaces any custom attention in silence.
-_CONTINUOUS_BATCHING = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
 
 
 def apply(model: nn.Module, method: Method) -> Handle:
@@ -71,7 +70,8 @@ class Handle:
         self.method: Method = method
         self.planned_layers = shape.planned_layers
         self.plan: LayerPlan = method.layer_plan(len(self.planned_layers))
-        self.stats = Statistics()
+        self.stats = Statistics(self.plan)
+        self._meter: Meter | None = None
         self._windows = shape.windows
         self._selector = selector(method)
         self._cache: weakref.ref[PagedCache] | None = None
@@ -89,16 +89,37 @@ class Handle:
         """The cache of the last forward, as long as someone holds it."""
         return None if self._cache is None else self._cache()
 
-    def new_cache(self, max_length: int | None = None, *, croppable: bool = False) -> PagedCache:
+    def new_cache(self, max_length: int | None = None, *, croppable: bool = False, static: bool = False) -> PagedCache:
         """A cache to pass as `past_key_values`.
 
         max_length: the tokens a row is expected to reach. croppable: layers with a sliding window keep what `crop`
-        would need to go back to, up to the next `crop` (other layers can always be cropped).
+        would need to go back to, up to the next `crop` (other layers can always be cropped). static: forwards of one
+        token may be captured as CUDA graphs, as long as no row outgrows `max_length`; models whose layers have a
+        window cannot, and get an ordinary cache.
         """
-        cache = PagedCache(self._windows, self.method.page_size, max_length)
+        static = static and not any(self._windows)
+        cache = PagedCache(self._windows, self.method.page_size, max_length, static=static)
         if croppable:
             cache.activate_past_recording()
         return cache
+
+    def announce(self, cache: PagedCache) -> bool:
+        """Makes ready for one forward of one token a row, without a mask; the forward then looks at nothing on the
+        host, and can be compiled in one piece (`torch.compile(fullgraph=True)`) and captured.
+
+        `generate` and plain calls do this themselves. Returns False, and does nothing, where the host has to lay the
+        forward out after all: an empty cache, layers with a window, evaluation mode, recorded picks.
+        """
+        if not cache.can_decode or self._attention.positions is not None or self.stats.record_picks:
+            return False
+        known = self._meter is not None and self._cache is not None and self._cache() is cache and cache.decoding
+        cache.announce(self.model.device)
+        if not known:
+            self._cache = weakref.ref(cache)
+            books = cache.state.decoding
+            self.stats.kv_reader = books.kv_reader()
+            self._meter = self.stats.meter(len(books.lengths), books.lengths.device, static=books.static)
+        return True
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Handle:
         raise UnsupportedUseError(
@@ -155,10 +176,8 @@ class Handle:
         undo.callback(inner.register_forward_pre_hook(self._before, with_kwargs=True).remove)
         undo.callback(inner.register_forward_hook(self._after, always_call=True).remove)
 
-        self._override(undo, "_prepare_cache_for_generation", self._prepare_cache)
-        for entry in _CONTINUOUS_BATCHING:
-            if hasattr(model, entry):
-                self._override(undo, entry, self._refuse_continuous_batching)
+        for method, override in Generation(model, self.new_cache, self._check_cache, self.announce).overrides().items():
+            self._override(undo, method, override)
         # `generate` keeps a compiled call on the model; one made under another attention must not outlive it.
         for attribute in ("_compiled_call", "_last_compile_config"):
             before = model.__dict__.pop(attribute, None)
@@ -173,45 +192,11 @@ class Handle:
         if before is not None:
             self.model.__dict__[name] = before
 
-    def _refuse_continuous_batching(self, *_: Any, **__: Any) -> Any:
-        raise UnsupportedUseError(
-            "transformers' continuous batching replaces custom attention, so no method would be at work; "
-            "use generate() with a padded batch, or vLLM for serving"
-        )
-
-    def _prepare_cache(
-        self,
-        generation_config: Any,
-        model_kwargs: dict[str, Any],
-        generation_mode: Any,
-        batch: int,
-        max_length: int,
-    ) -> None:
-        """In the place of `generate`'s own: makes a `PagedCache`, or checks the one that was passed."""
-        if generation_config.cache_implementation is not None:
-            raise UnsupportedUseError(
-                f"cache_implementation={generation_config.cache_implementation!r} cannot be used with deltakv, "
-                "which brings its own paged cache; leave it out"
-            )
-        if generation_config.output_attentions:
-            raise UnsupportedUseError("output_attentions=True is not supported: sparse layers have no full weights")
-        if generation_config.use_cache is False or model_kwargs.get("use_cache") is False:
-            raise UnsupportedUseError("use_cache=False leaves no cache to read sparsely; leave it out")
-        cache = model_kwargs.get("past_key_values")
-        if cache is None:
-            croppable = bool(generation_config.is_assistant)
-            model_kwargs["past_key_values"] = self.new_cache(max_length, croppable=croppable)
-        else:
-            self._check_cache(cache)
-            cache._is_user_defined = True
-            cache.kv.reserve(max_length)
-
     @torch.compiler.disable
-    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Before the model's layers: finds or makes the cache and lays out the step."""
-        kwargs = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
+    def _lay_out(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Before the model's layers, where the host has a say: finds or makes the cache and lays out the forward."""
         config = self.model.config
-        cache = kwargs.get("past_key_values")
+        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
         use_cache = kwargs.get("use_cache")
         if kwargs.get("output_attentions", config.output_attentions):
             raise UnsupportedUseError("output_attentions=True is not supported: sparse layers have no full weights")
@@ -219,46 +204,82 @@ class Handle:
             cache = kwargs["past_key_values"] = self.new_cache()
         if cache is None:  # use_cache=False: one forward with the model's own attention
             self._attention.cache = None
-            return (), kwargs
+            return kwargs
         self._check_cache(cache)
         inputs = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
         if inputs is None:
             raise UnsupportedUseError("the model was called without input_ids or inputs_embeds")
-        cache.begin(inputs.shape[0], inputs.shape[1], kwargs.get("attention_mask"))
-        self._attention.cache = cache
+        batch, width = inputs.shape[:2]
         self._cache = weakref.ref(cache)
+        if width == 1 and mask is None and cache.is_unpadded(batch) and self.announce(cache):
+            return kwargs
+        cache.begin(batch, width, mask)
+        self._attention.cache = cache
+        return kwargs
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Before the model's layers. Can be traced if the forward was announced and is what was announced."""
+        kwargs = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
+        cache, ids = kwargs.get("past_key_values"), kwargs.get("input_ids")
+        expected = isinstance(cache, PagedCache) and cache.announced and kwargs.get("attention_mask") is None
+        if not expected or ids is None or ids.shape[1] != 1:
+            kwargs = self._lay_out(kwargs)
+            cache = kwargs.get("past_key_values")
+        if cache is not None and cache.announced:
+            cache.state.step = cache.state.decoding.step()
+            self._attention.cache = cache
+            if "position_ids" in self._parameters and kwargs.get("position_ids") is None:
+                kwargs["position_ids"] = cache.state.decoding.columns[None]
+            # Nobody looks at it; but without one OPT makes one, longer in every step.
+            lens = cache.state.step.seq_lens
+            kwargs["attention_mask"] = torch.ones_like(lens, dtype=torch.bool)
         return (), kwargs
 
-    @torch.compiler.disable
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """After the model's layers: the step counts. A forward that failed (no output) leaves the cache as it was."""
-        cache, self._attention.cache = self._attention.cache, None
-        positions = self._attention.positions
+        cache = self._attention.cache
         if cache is None:
             return
-        if output is None:
+        step = cache.state.step
+        if output is None or isinstance(step, Chunk):
+            self._close(output is None)
+        elif step is not None:
+            self._attention.cache = None
+            assert self._meter is not None, "announce() has set it"
+            self._meter.add(step.seq_lens[:, 0], [pick.seq_lens[:, 0] for pick in step.picks])
+            cache.commit()
+
+    @torch.compiler.disable
+    def _close(self, failed: bool) -> None:
+        """After a forward that failed, or that the host has laid out."""
+        cache, self._attention.cache = self._attention.cache, None
+        positions = self._attention.positions
+        assert cache is not None
+        if failed:
             cache.abort()
             if positions is not None:
                 positions.abort()
             return
         step = cache.state.step
-        assert step is not None
+        assert isinstance(step, Chunk)
         if step.decode and positions is None:
-            self.stats.add(self.plan, step.seq_lens[:, 0], [pick.seq_lens[:, 0] for pick in step.picks])
+            meter = self.stats.meter(len(step.real), step.seq_lens.device, static=False)
+            meter.add(step.seq_lens[:, 0], [pick.seq_lens[:, 0] for pick in step.picks])
             if self.stats.record_picks:
                 number = self.stats.steps - 1
                 self.stats.picks += [(number, p.layer, p.pages.pages, p.pages.n_kept) for p in step.picks]
         elif positions is not None and step.onto_past:
             spans = zip(step.append.past, step.append.lengths, strict=True)
             seq_lens = torch.cat([torch.arange(past + 1, end + 1, dtype=torch.int32) for past, end in spans])
-            self.stats.add(self.plan, seq_lens, positions.commit())
+            self.stats.add_positions(seq_lens, positions.commit())
         cache.commit()
         # Counting pages takes a while for many long rows, so only when a row has begun a new one.
         if any(
             new % cache.page_size == 1 or new - old > 1
             for old, new in zip(step.append.past, step.append.lengths, strict=True)
         ):
-            self.stats.kv_bytes = cache.kv_bytes
+            kv_bytes = cache.kv_bytes
+            self.stats.kv_reader = lambda: kv_bytes
 
     def _check_cache(self, cache: Any) -> None:
         if not isinstance(cache, PagedCache):

@@ -14,7 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from deltakv.errors import UnsupportedUseError
 from deltakv.integrations.hf.cache import PagedCache, as_autocast
 from deltakv.integrations.hf.positions import Positions
-from deltakv.integrations.hf.step import Pick, Step
+from deltakv.integrations.hf.step import Chunk, Pick, Step
 from deltakv.methods import Selector, SoftmaxStats
 from deltakv.ops import decode_attention, decode_attention_stats, prefill_attention, row_kv
 from deltakv.plan import Role
@@ -85,12 +85,12 @@ class PagedAttention:
         sinks = kwargs.get("s_aux")
         with torch.no_grad():
             query, key, value = (as_autocast(x) for x in (query, key, value))
-            if self.positions is not None and step.onto_past:
+            if self.positions is not None and isinstance(step, Chunk) and step.onto_past:
                 out = self._evaluate(step, layer, role, query, scale, sinks)
-            elif step.decode:
-                out = self._decode(step, layer, role, query[:, :, 0], scale, sinks)[:, None]
-            else:
+            elif isinstance(step, Chunk) and not step.decode:
                 out = self._prefill(step, layer, query, key, value, scale, sinks)
+            else:
+                out = self._decode(step, layer, role, query[:, :, 0], scale, sinks)[:, None]
         if torch.is_grad_enabled() and query.requires_grad:
             out = _Inference.apply(out, query)
         return out, None
@@ -124,7 +124,7 @@ class PagedAttention:
     def _decode(self, step: Step, layer: int, role: Role, query: Tensor, scale: float, sinks: Tensor | None) -> Tensor:
         """One token a row: query and result [batch, n_heads, head_dim]."""
         assert self.cache is not None
-        k_pool, v_pool = self.cache.kv.pool.layer(layer)
+        k_pool, v_pool = self.cache.state.kv.pool.layer(layer)
         if role is Role.REUSE:
             assert step.pick is not None, "a plan has a SELECT layer before any REUSE layer"
             table, lens = step.pick.on(query.device)
@@ -147,7 +147,7 @@ class PagedAttention:
 
     def _prefill(
         self,
-        step: Step,
+        step: Chunk,
         layer: int,
         query: Tensor,
         key: Tensor,
@@ -157,22 +157,17 @@ class PagedAttention:
     ) -> Tensor:
         """Several tokens a row, with full attention in every role: [batch, width, n_heads, head_dim]."""
         assert self.cache is not None
-        k_pool, v_pool = self.cache.kv.pool.layer(layer)
-        device = query.device
-        table, past, real = (
-            step.on(device, "block_table"),
-            step.on(device, "past_lens"),
-            step.on(device, "real"),
-        )
+        k_pool, v_pool = self.cache.state.kv.pool.layer(layer)
+        table, past, real = step.block_table, step.past_lens, step.real
         return prefill_attention(query, key, value, k_pool, v_pool, table, past, real, scale, sinks)
 
     @torch.compiler.disable
     def _evaluate(
-        self, step: Step, layer: int, role: Role, query: Tensor, scale: float, sinks: Tensor | None
+        self, step: Chunk, layer: int, role: Role, query: Tensor, scale: float, sinks: Tensor | None
     ) -> Tensor:
         """Several tokens a row, each as if decoded alone: [batch, width, n_heads, head_dim]."""
         assert self.cache is not None and self.positions is not None
-        k_pool, v_pool = self.cache.kv.pool.layer(layer)
+        k_pool, v_pool = self.cache.state.kv.pool.layer(layer)
         query = query.transpose(1, 2)
         out = torch.zeros_like(query, memory_format=torch.contiguous_format)
         for row, tokens in enumerate(step.append.lengths):

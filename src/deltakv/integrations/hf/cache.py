@@ -12,8 +12,9 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindo
 
 from deltakv.cache import PagedKV
 from deltakv.errors import UnsupportedUseError
+from deltakv.integrations.hf.decoding import Decoding
 from deltakv.integrations.hf.padding import Columns
-from deltakv.integrations.hf.step import Step
+from deltakv.integrations.hf.step import Chunk, Step
 from deltakv.ops import store_kv
 
 
@@ -21,16 +22,20 @@ from deltakv.ops import store_kv
 class State:
     """What the layers of one cache share. Apart from the cache, so that no reference cycle keeps its memory alive.
 
-    columns: the committed ones, None before the first forward. step: the forward under way.
+    columns: the committed ones, None before the first forward; while decoding has started, those before it.
+    step: the forward under way.
     """
 
     kv: PagedKV
+    decoding: Decoding
     columns: Columns | None = None
     step: Step | None = None
 
     @property
     def seen(self) -> int:
         """Committed columns, padding included: what transformers calls the cache's length."""
+        if self.decoding.started:
+            return self.decoding.seen
         return self.columns.seen if self.columns is not None else 0
 
 
@@ -69,13 +74,17 @@ class PagedLayer(CacheLayerMixin):
         k_pool, v_pool = self._state.kv.pool.ensure_layer(self.index, key_states)
         k = key_states.detach().transpose(1, 2).flatten(0, 1)
         v = value_states.detach().transpose(1, 2).flatten(0, 1)
-        store_kv(k_pool, v_pool, k, v, step.on(k.device, "slots"))
+        if isinstance(step, Chunk) and step.stored is not None:
+            k, v = k[step.on(k.device, "stored")], v[step.on(k.device, "stored")]
+        store_kv(k_pool, v_pool, k, v, step.on(k.device, "pages"), step.on(k.device, "offsets"))
         return key_states, value_states
 
     def get_seq_length(self) -> int:
         return self._state.seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        if self._state.decoding.announced:  # no mask is made then, and a number that grows would be compiled in
+            return self._state.decoding.capacity, 0
         return self.get_seq_length() + query_length, 0
 
     def get_max_length(self) -> int:
@@ -106,11 +115,16 @@ class PagedCache(Cache):
 
     windows: for each layer its sliding window or None; layers with one keep transformers' own sliding cache.
     page_size: tokens a page. max_length: the length rows are expected to reach, in tokens, if known.
+    static: its tensors keep their places and shapes while rows decode, up to `max_length`, so that `generate`
+        compiles the forward and captures it; only for models whose layers have no window.
     Lengths that transformers asks for (`get_seq_length`, `crop`) count columns, padding included, as it expects.
     """
 
-    def __init__(self, windows: Sequence[int | None], page_size: int, max_length: int | None = None) -> None:
-        self.state = State(PagedKV(len(windows), page_size))
+    def __init__(
+        self, windows: Sequence[int | None], page_size: int, max_length: int | None = None, *, static: bool = False
+    ) -> None:
+        kv = PagedKV(len(windows), page_size)
+        self.state = State(kv, Decoding(kv, static))
         layers = [
             PagedLayer(self.state, index) if window is None else WindowedLayer(sliding_window=window)
             for index, window in enumerate(windows)
@@ -118,17 +132,24 @@ class PagedCache(Cache):
         super().__init__(layers=layers)
         self.windows = tuple(windows)
         self._before: list[dict[str, Any]] = []
+        self._ended: Tensor | None = None
         if max_length is not None:
-            self.kv.reserve(max_length)
+            kv.reserve(max_length)
 
     @property
     def kv(self) -> PagedKV:
         """The rows and their pool."""
+        self.settle()
         return self.state.kv
 
     @property
     def page_size(self) -> int:
-        return self.kv.page_size
+        return self.state.kv.page_size
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether `generate` may compile its forwards and capture them."""
+        return self.state.decoding.static
 
     @property
     def kv_bytes(self) -> int:
@@ -142,12 +163,63 @@ class PagedCache(Cache):
         )
         return self.kv.nbytes + windowed
 
-    def begin(self, batch: int, width: int, mask: Tensor | None) -> Step:
+    @property
+    def can_decode(self) -> bool:
+        """Whether the next forward of one token a row, without a mask, may keep its books on the device."""
+        return self.decoding or (self.state.seen > 0 and not any(self.windows))
+
+    def is_unpadded(self, batch: int) -> bool:
+        """Whether all columns of all `batch` rows are known to hold a token."""
+        columns = self.state.columns
+        if columns is None or len(columns.real) != batch:
+            return False
+        return self.state.decoding.unpadded if self.decoding else bool(columns.real.all())
+
+    @property
+    def decoding(self) -> bool:
+        """Whether the books of the rows are on the device now (until `settle`)."""
+        return self.state.decoding.started
+
+    @property
+    def announced(self) -> bool:
+        """Whether the next forward is one that keeps its books on the device."""
+        return self.state.decoding.announced
+
+    def announce(self, device: torch.device) -> None:
+        """Makes room for one more token in every row. The next forward, of one token a row and without a mask, then
+        needs nothing from the host, compiled or not. device: the model's."""
+        decoding = self.state.decoding
+        if not decoding.started:
+            assert self.can_decode and self.state.columns is not None
+            self.abort()
+            decoding.start(self.state.columns, device, self._ended)
+            self._ended = None
+        decoding.announce()
+
+    def end(self, rows: Tensor) -> None:
+        """The last token of `rows`, bool [batch], has been made: once it is stored, what follows it is padding."""
+        if self.state.decoding.started:
+            self.state.decoding.end(rows)
+        else:
+            self._ended = rows
+
+    def settle(self) -> None:
+        """Lets the host catch up with what rows have decoded; waits for the device."""
+        decoding, columns = self.state.decoding, self.state.columns
+        if decoding.started:
+            assert columns is not None
+            lengths, seen = decoding.stop()
+            self.state.kv.commit(lengths)
+            self.state.columns = columns.grown(lengths, seen)
+
+    def begin(self, batch: int, width: int, mask: Tensor | None) -> Chunk:
         """Lays out a forward of `width` columns, which counts from `commit` on. Raises `MaskError`.
 
         A step that was begun and never committed (its forward failed) is forgotten.
         """
         self.abort()
+        self.settle()
+        kv = self.state.kv
         columns = self.state.columns if self.state.columns is not None else Columns(batch)
         if len(columns.real) != batch:
             raise UnsupportedUseError(
@@ -156,50 +228,56 @@ class PagedCache(Cache):
         after, real = columns.extended(mask, width)
         if columns.seen:  # the mask may have dropped the end of some rows
             self.state.columns = columns = after.cropped(width)
-            self.kv.truncate(columns.counts())
-        append = self.kv.begin(real.sum(1).tolist())
+            kv.truncate(columns.counts())
+        append = kv.begin(real.sum(1).tolist())
         self._before = [dict(layer.__dict__) for layer in self._windowed()]  # their updates replace tensors
-        slots = torch.full((batch, width), -1, dtype=torch.long)
-        slots[real] = torch.tensor([slot for row in append.slots for slot in row], dtype=torch.long)
-        self.state.step = Step(
+        slots = torch.tensor([slot for row in append.slots for slot in row], dtype=torch.long)
+        step = Chunk(
+            decode=columns.seen > 0 and width == 1,
+            pages=slots // self.page_size,
+            offsets=slots % self.page_size,
+            block_table=kv.block_table(max(append.lengths)),
+            seq_lens=torch.tensor(append.lengths, dtype=torch.int32)[:, None],
             width=width,
             onto_past=columns.seen > 0,
             append=append,
             columns=after,
             real=real,
-            slots=slots.flatten(),
-            block_table=self.kv.block_table(max(append.lengths)),
-            seq_lens=torch.tensor(append.lengths, dtype=torch.int32)[:, None],
+            stored=None if bool(real.all()) else real.flatten().nonzero().flatten(),
             past_lens=torch.tensor(append.past, dtype=torch.int32),
         )
-        return self.state.step
+        self.state.step = step
+        return step
 
     def abort(self) -> None:
         """Forgets a step that did not come through. Windowed layers, which count as they go, go back to before it."""
-        if self.state.step is None:
-            return
-        for layer, before in zip(self._windowed(), self._before, strict=True):
-            layer.__dict__.update(before)
-        if self.state.columns is None:  # it was the first one: not even the batch size is decided
-            self.kv.clear()
-        self.state.step = None
+        self.state.decoding.abort()
+        step, self.state.step = self.state.step, None
+        if isinstance(step, Chunk):
+            for layer, before in zip(self._windowed(), self._before, strict=True):
+                layer.__dict__.update(before)
+            if self.state.columns is None:  # it was the first one: not even the batch size is decided
+                self.state.kv.clear()
 
     def commit(self) -> None:
         """The forward came through: its tokens count from now on."""
-        step = self.state.step
-        assert step is not None
-        self.kv.commit(step.append)
-        self.state.columns = step.columns
-        self.state.step = None
-        self._before = []
+        step, self.state.step = self.state.step, None
+        if isinstance(step, Chunk):
+            self.state.kv.commit(step.append.lengths)
+            self.state.columns = step.columns
+            self._before = []
+        else:
+            self.state.decoding.commit()
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns so far, padding included; the same for every layer."""
-        return self.state.seen
+    def get_seq_length(self, layer_idx: int = 0) -> Any:
+        """Columns so far, padding included; the same for every layer. In an announced forward a tensor, as in
+        transformers' own static cache: a number would be compiled in."""
+        return self.state.decoding.columns[0] if self.announced else self.state.seen
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drops the last columns: `-n` drops n; a positive number is the length to keep (transformers before 5.2x)."""
         self.abort()
+        self.settle()
         for layer in self._windowed():  # first, because a window that has forgotten refuses
             layer.crop(tokens_to_remove)
         seen = self.get_seq_length()
@@ -216,6 +294,7 @@ class PagedCache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row `repeats` times, side by side; pages are shared until written."""
+        self.settle()
         if self.state.columns is not None:
             self._rearrange([row for row in range(len(self.state.columns.real)) for _ in range(repeats)])
         for layer in self._windowed():
@@ -235,12 +314,12 @@ class PagedCache(Cache):
     def reset(self) -> None:
         """Forgets all rows; the pool's memory is kept."""
         self.kv.clear()
-        self.state.columns = None
-        self.state.step = None
+        self.state.columns = self.state.step = self._ended = None
         for layer in self._windowed():
             layer.reset()
 
     def _rearrange(self, indices: list[int]) -> None:
+        self.settle()
         if self.state.columns is not None:
             self.kv.rearrange(indices)
             self.state.columns = self.state.columns.rearranged(indices)

@@ -39,7 +39,8 @@ class Columns:
         if mask is None:
             if not bool(self.real.all()):
                 raise MaskError(
-                    "no attention_mask was given, but earlier turns of this batch had padding; "
+                    "no attention_mask was given, but earlier turns of this batch had padding, before a row or after "
+                    "it had finished; "
                     f"pass the mask of all {seen + width} columns"
                 )
             mask = torch.ones((batch, seen + width), dtype=torch.bool)
@@ -66,6 +67,13 @@ class Columns:
         result.real = mask
         return result, new
 
+    def grown(self, lengths: list[int], seen: int) -> Columns:
+        """With the columns up to `seen`, of which each row's first are real, until it has `lengths[r]` tokens."""
+        new = torch.tensor(lengths) - self.real.sum(1)
+        result = Columns(len(lengths))
+        result.real = torch.cat([self.real, torch.arange(seen - self.seen) < new[:, None]], dim=1)
+        return result
+
     def cropped(self, columns: int) -> Columns:
         """Without the last `columns` columns."""
         result = Columns(len(self.real))
@@ -82,8 +90,9 @@ class Columns:
         """Stored tokens may only disappear from a row's end, and nothing may appear."""
         if appeared := (old & ~self.real).any(1).nonzero().flatten().tolist():
             raise MaskError(
-                f"attention_mask shows tokens of row {appeared[0]} that were padding when they were stored; "
-                "pass the mask of the earlier turns unchanged"
+                f"attention_mask shows tokens of row {appeared[0]} that were padding when they were stored "
+                "(also what a row is fed after it has finished); pass the mask of the earlier turns unchanged, "
+                "and 0 for the padding behind finished rows"
             )
         dropped = self.real & ~old
         # Once a stored token is hidden, all stored ones after it must be hidden too.

@@ -2,47 +2,99 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from deltakv.integrations.hf.decoding import mark_static
 from deltakv.plan import LayerPlan, Role
+
+
+class Meter:
+    """Counts of one batch, added up on its device; a forward that counts can be one CUDA graph.
+
+    plan: what is counted for. counts: int64 [4 + SELECT layers, rows]: steps; those in which the row took part; those
+    in which it was sparse; tokens of the row; and what the REUSE layers of each SELECT layer attended to.
+    """
+
+    def __init__(self, plan: LayerPlan, rows: int, device: torch.device, *, static: bool = False) -> None:
+        selects = plan.layers(Role.SELECT)
+        ends = [*selects, len(plan)][1:]
+        self._plan = plan
+        self._reusing = [
+            sum(plan.roles[layer] is Role.REUSE for layer in range(first, end))
+            for first, end in zip(selects, ends, strict=True)
+        ]
+        with torch.inference_mode(False):  # made in inference mode, it could not be written outside of it
+            self.counts = torch.zeros((4 + len(selects), rows), dtype=torch.long, device=device)
+        if static:
+            mark_static(self.counts)
+
+    def add(self, seq_lens: Tensor, kept_tokens: Sequence[Tensor]) -> None:
+        """One step. seq_lens: int32 [rows], 0 for a row that took no part; kept_tokens: one int32 [rows] a SELECT
+        layer, in order, what its REUSE layers attend to. No value is looked at, so it can be traced."""
+        kept = [tokens.to(seq_lens.device) for tokens in kept_tokens]
+        sparse = torch.zeros_like(seq_lens, dtype=torch.bool)
+        for tokens, reusing in zip(kept, self._reusing, strict=True):
+            if reusing:
+                sparse = sparse | (tokens < seq_lens)
+        self.counts.add_(torch.stack([torch.ones_like(seq_lens), seq_lens > 0, sparse, seq_lens, *kept]))
+
+    def read(self) -> dict[str, int]:
+        """What the statistics say of it. Waits for the device."""
+        steps = int(self.counts[0].max()) if self.counts.numel() else 0
+        _, rows, sparse, tokens, *kept = self.counts.sum(1).tolist()
+        reused = sum(count * reusing for count, reusing in zip(kept, self._reusing, strict=True))
+        return {
+            "steps": steps,
+            "rows": rows,
+            "sparse_rows": sparse,
+            "attended_tokens": tokens * self._plan.reads_in_full + reused,
+            "full_tokens": tokens * len(self._plan),
+        }
 
 
 @dataclass
 class Statistics:
     """Counts over all decode steps (and evaluated positions) since `apply` or `reset`, planned layers only.
 
-    steps: decode forwards. rows: row-steps, one a row and step. kv_bytes: what K and V of the last forward's cache
-    take, all layers. picks: while `record_picks` is on, for each
-    step and SELECT layer (step, layer, pages int32 [rows, width], n_kept int32 [rows]).
+    picks: while `record_picks` is on, for each step and SELECT layer (step, layer, pages int32 [rows, width], n_kept
+    int32 [rows]). The counts are on the model's device until they are asked for.
     """
 
-    steps: int = 0
-    rows: int = 0
-    kv_bytes: int = 0
+    plan: LayerPlan
     record_picks: bool = False
     picks: list[tuple[int, int, Tensor, Tensor]] = field(default_factory=list)
-    _read_in_full: int = 0
-    _full: int = 0
-    _reused: list[Tensor] = field(default_factory=list)
-    _sparse: list[Tensor] = field(default_factory=list)
+    kv_reader: Callable[[], int] = field(default=lambda: 0, repr=False)
+    _read: dict[str, int] = field(default_factory=dict)
+    _meters: dict[tuple[int, torch.device, bool], Meter] = field(default_factory=dict, repr=False)
+
+    @property
+    def steps(self) -> int:
+        """Decode forwards."""
+        return self._total("steps")
+
+    @property
+    def rows(self) -> int:
+        """Row-steps: one for each step and row that had not finished."""
+        return self._total("rows")
 
     @property
     def sparse_rows(self) -> int:
         """Row-steps in which a REUSE layer attended to less than the whole row."""
-        return self._settle(self._sparse)
+        return self._total("sparse_rows")
 
     @property
     def attended_tokens(self) -> int:
         """Tokens attended to, summed over rows, steps and layers."""
-        return self._read_in_full + self._settle(self._reused)
+        return self._total("attended_tokens")
 
     @property
     def full_tokens(self) -> int:
         """What full attention would have attended to."""
-        return self._full
+        return self._total("full_tokens")
 
     @property
     def attended_per_row_step(self) -> float:
@@ -52,33 +104,39 @@ class Statistics:
     def full_per_row_step(self) -> float:
         return self.full_tokens / self.rows if self.rows else 0.0
 
+    @property
+    def kv_bytes(self) -> int:
+        """What K and V of the last forward's cache take, in bytes, all layers."""
+        return self.kv_reader()
+
     def reset(self) -> None:
         """Back to zero; `record_picks` stays."""
-        self.__init__(record_picks=self.record_picks)  # type: ignore[misc]
+        self.picks.clear()
+        self._read.clear()
+        for meter in self._meters.values():
+            meter.counts.zero_()
 
-    def add(self, plan: LayerPlan, seq_lens: Tensor, kept_tokens: list[Tensor]) -> None:
-        """Counts one step: tokens of each row, and for each SELECT layer what its REUSE layers attend to.
+    def meter(self, rows: int, device: torch.device, *, static: bool) -> Meter:
+        """The meter of batches of that size, kept, because a captured graph goes on adding to it.
 
-        seq_lens: int32 [rows]; kept_tokens: one int32 [rows] a SELECT layer, in order. Sums stay on the device.
+        static: it may be one that a graph adds to.
         """
-        total = int(seq_lens.sum())
-        self.steps += 1
-        self.rows += len(seq_lens)
-        self._read_in_full += total * plan.reads_in_full
-        self._full += total * len(plan)
-        selects = plan.layers(Role.SELECT)
-        ends = [*selects, len(plan)][1:]
-        sparse = torch.zeros((), dtype=torch.bool)
-        for first, end, kept in zip(selects, ends, kept_tokens, strict=True):
-            reusing = sum(plan.roles[layer] is Role.REUSE for layer in range(first, end))
-            self._reused.append(kept.sum(dtype=torch.long) * reusing)
-            if reusing:
-                sparse = sparse.to(kept.device) | (kept < seq_lens.to(kept.device))
-        self._sparse.append(sparse.sum())
+        if (rows, device, static) not in self._meters:
+            self._meters[rows, device, static] = Meter(self.plan, rows, device, static=static)
+        return self._meters[rows, device, static]
 
-    @staticmethod
-    def _settle(parts: list[Tensor]) -> int:
-        """The sum of the parts, kept as one."""
-        total = sum(int(part) for part in parts)
-        parts[:] = [torch.tensor(total)]
-        return total
+    def add_positions(self, seq_lens: Tensor, kept_tokens: Sequence[Tensor]) -> None:
+        """One forward of evaluated positions, each a row."""
+        meter = Meter(self.plan, len(seq_lens), seq_lens.device)
+        meter.add(seq_lens, kept_tokens)
+        self._fold(meter)
+
+    def _fold(self, meter: Meter) -> None:
+        for name, count in meter.read().items():
+            self._read[name] = self._read.get(name, 0) + count
+        meter.counts.zero_()
+
+    def _total(self, name: str) -> int:
+        for meter in self._meters.values():
+            self._fold(meter)
+        return self._read.get(name, 0)

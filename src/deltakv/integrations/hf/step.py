@@ -32,32 +32,23 @@ class Pick:
 
 @dataclass
 class Step:
-    """One forward through the model: what its layers need to know, laid out before the first of them runs.
+    """One forward through the model: what its layers need to know.
 
-    width: query columns. onto_past: the cache held something before. decode: one query token a row onto a past.
-    real: bool [batch, width], which columns are tokens and not padding.
-    slots: int64 [batch * width], where each token is stored, -1 for padding.
-    block_table: int32 [batch, 1, pages]; seq_lens: int32 [batch, 1], the new tokens included; past_lens: int32
-        [batch], without them.
+    decode: one query token a row onto a past.
+    pages, offsets: int64 [tokens], where each new token is stored, row by row.
+    block_table: int32 [batch, 1, width]; seq_lens: int32 [batch, 1], the new tokens included; 0 for a row that only
+        keeps its place in the batch.
     pick: what the last SELECT layer picked; picks: all of this step, in order.
     """
 
-    width: int
-    onto_past: bool
-    append: Append
-    columns: Columns
-    real: Tensor
-    slots: Tensor
+    decode: bool
+    pages: Tensor
+    offsets: Tensor
     block_table: Tensor
     seq_lens: Tensor
-    past_lens: Tensor
     pick: Pick | None = None
     picks: list[Pick] = field(default_factory=list)
     _moved: dict[tuple[str, torch.device], Tensor] = field(default_factory=dict)
-
-    @property
-    def decode(self) -> bool:
-        return self.onto_past and self.width == 1
 
     def on(self, device: torch.device, name: str) -> Tensor:
         """The tensor `name` on a layer's device; copied once a step for each device."""
@@ -68,3 +59,23 @@ class Step:
         if key not in self._moved:
             self._moved[key] = tensor.to(device)
         return self._moved[key]
+
+
+@dataclass(kw_only=True)
+class Chunk(Step):
+    """A forward of any number of columns, laid out on the host: its tensors are on the CPU, as ops that look at them
+    want it.
+
+    width: query columns. onto_past: the cache held something before.
+    real: bool [batch, width], which columns are tokens and not padding; stored: int64 [tokens], their indices in the
+        flattened batch, or None where all of them are.
+    past_lens: int32 [batch], tokens of each row without the new ones.
+    """
+
+    width: int
+    onto_past: bool
+    append: Append
+    columns: Columns
+    real: Tensor
+    stored: Tensor | None
+    past_lens: Tensor

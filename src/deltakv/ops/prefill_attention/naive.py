@@ -25,7 +25,8 @@ def prefill_attention(
     q: [rows, n_heads, width, head_dim]; k, v: [rows, n_kv_heads, width, head_dim], the new tokens' own.
     k_cache, v_cache: [n_pages, page_size, n_kv_heads, head_dim]; block_table: int32 [rows, 1, pages].
     past_lens: int32 [rows], tokens before these. real: bool [rows, width], the columns that are tokens and not
-    padding; they stand together. sinks: [n_heads] or None.
+    padding; they stand together. Table, past_lens and real are on the CPU, where looking at them waits for nothing.
+    sinks: [n_heads] or None.
     Returns [rows, width, n_heads, head_dim] in q's dtype, zeros for padding.
     """
     out = torch.zeros_like(q.transpose(1, 2), memory_format=torch.contiguous_format)

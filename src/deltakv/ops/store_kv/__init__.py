@@ -1,18 +1,10 @@
-"""Storing new tokens in the pool, in place."""
+"""Storing new tokens in the pool, in place.
+
+Not registered with torch.library, unlike the other ops: in PyTorch's own terms, a compiler fuses it with what makes K.
+"""
 
 from __future__ import annotations
 
-from deltakv.ops.registry import register
-from deltakv.ops.store_kv import vectorised
+from deltakv.ops.store_kv.vectorised import store_kv
 
-
-def _fake(*_: object) -> None:
-    return None
-
-
-store_kv = register(
-    "store_kv(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor slots) -> ()",
-    cpu=vectorised.store_kv,
-    cuda=vectorised.store_kv,
-    fake=_fake,
-)
+__all__ = ["store_kv"]

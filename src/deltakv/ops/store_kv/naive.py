@@ -5,15 +5,13 @@ from __future__ import annotations
 from torch import Tensor
 
 
-def store_kv(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> None:
-    """Stores each token at its slot, in place.
+def store_kv(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, pages: Tensor, offsets: Tensor) -> None:
+    """Stores each token at its place, in place.
 
     k_cache, v_cache: [n_pages, page_size, n_kv_heads, head_dim], any strides.
     k, v: [tokens, n_kv_heads, head_dim].
-    slots: int64 [tokens], page * page_size + offset, no two alike; a negative slot drops its token (padding).
+    pages, offsets: int64 [tokens], the physical page and the place on it, no two alike.
     """
-    page_size = k_cache.shape[1]
-    for token, slot in enumerate(slots.tolist()):
-        if slot >= 0:
-            k_cache[slot // page_size, slot % page_size] = k[token]
-            v_cache[slot // page_size, slot % page_size] = v[token]
+    for token, (page, offset) in enumerate(zip(pages.tolist(), offsets.tolist(), strict=True)):
+        k_cache[page, offset] = k[token]
+        v_cache[page, offset] = v[token]

@@ -5,14 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 
-def store_kv(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> None:
+def store_kv(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, pages: Tensor, offsets: Tensor) -> None:
     """See `naive.store_kv`."""
-    if len(slots) and int(slots.min()) < 0:
-        kept = slots >= 0
-        k, v, slots = k[kept], v[kept], slots[kept]
-    page_size = k_cache.shape[1]
-    for cache, new in ((k_cache, k), (v_cache, v)):
-        if cache.stride(0) == page_size * cache.stride(1):  # tokens follow each other across pages
-            cache.flatten(0, 1).index_copy_(0, slots, new)
-        else:
-            cache.index_put_((slots // page_size, slots % page_size), new)
+    # On the pool itself, not on a view of it: a compiler then writes in place and copies nothing else.
+    k_cache.index_put_((pages, offsets), k)
+    v_cache.index_put_((pages, offsets), v)
