@@ -29,7 +29,7 @@ def plan(
     """
     chosen = options.parse_method(method)
     options.check_output(json_file)
-    lengths = _lengths(context)
+    lengths = options.numbers("--context", context)
 
     from deltakv.bench.floors import step_cost
     from deltakv.bench.provenance import provenance
@@ -92,16 +92,6 @@ def plan(
             "results": results,
         },
     )
-
-
-def _lengths(text: str) -> list[int]:
-    try:
-        lengths = [int(piece.replace("_", "")) for piece in text.split(",") if piece.strip()]
-    except ValueError:
-        lengths = []
-    if not lengths or min(lengths) < 1:
-        raise InputError(f"--context {text!r} is not a list of lengths such as 4000,8000")
-    return lengths
 
 
 def _dtype(name: str, config: Any) -> Any:

@@ -107,9 +107,10 @@ class Generation:
         """The inputs of a forward. A step of one token a row needs no mask: what it says has been on the device since
         the prompt."""
         inputs = self._make_inputs(input_ids, *args, **kwargs)
-        cache: Any = inputs.get("past_key_values")
+        cache = inputs.get("past_key_values")
         first = kwargs.get("is_first_iteration", False)
-        if cache is not None and cache is self._steady_cache() and not first and self._announce(cache):
+        steady = self._steady_cache()
+        if steady is not None and cache is steady and not first and self._announce(steady):
             inputs.pop("attention_mask", None)
         return inputs
 
@@ -122,7 +123,7 @@ class Generation:
 
     def _steady_cache(self) -> PagedCache | None:
         """The cache of this thread's `generate`, if its rows grow by one token at each step, and in no other way."""
-        known = getattr(self._thread, "cache", None)
+        known: weakref.ref[PagedCache] | None = getattr(self._thread, "cache", None)
         return None if known is None else known()
 
 
