@@ -103,12 +103,11 @@ def test_the_forward_alone_waits_for_nothing(tiny_model: Any) -> None:
         token = torch.ones((len(RAGGED), 1), dtype=torch.long, device="cuda")
         handle.announce(cache)
         model(token, past_key_values=cache)
-        ended = torch.zeros(len(RAGGED), dtype=torch.bool, device="cuda")
+        finished = torch.zeros(len(RAGGED), dtype=torch.bool, device="cuda")
         with no_syncs(model.device):
             for _ in range(20):
-                handle.announce(cache)
+                handle.announce(cache, finished)
                 model(token, past_key_values=cache)
-                cache.end(ended)
         assert handle.stats.steps == 21
 
 

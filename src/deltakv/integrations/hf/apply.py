@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -22,7 +22,7 @@ from deltakv.integrations.hf.attention import PagedAttention
 from deltakv.integrations.hf.cache import PagedCache
 from deltakv.integrations.hf.generation import Generation
 from deltakv.integrations.hf.positions import Positions, Trace
-from deltakv.integrations.hf.stats import Meter, Statistics
+from deltakv.integrations.hf.stats import Statistics
 from deltakv.integrations.hf.step import Chunk
 from deltakv.integrations.hf.support import model_shape, unwrap
 from deltakv.methods import selector
@@ -71,7 +71,6 @@ class Handle:
         self.planned_layers = shape.planned_layers
         self.plan: LayerPlan = method.layer_plan(len(self.planned_layers))
         self.stats = Statistics(self.plan)
-        self._meter: Meter | None = None
         self._windows = shape.windows
         self._selector = selector(method)
         self._cache: weakref.ref[PagedCache] | None = None
@@ -103,23 +102,30 @@ class Handle:
             cache.activate_past_recording()
         return cache
 
-    def announce(self, cache: PagedCache) -> bool:
+    def announce(self, cache: PagedCache, finished: Tensor | None = None) -> bool:
         """Makes ready for one forward of one token a row, without a mask; the forward then looks at nothing on the
         host, and can be compiled in one piece (`torch.compile(fullgraph=True)`) and captured.
 
+        finished: bool [batch], rows that only keep their place in the batch: what they are fed is not stored, and
+        attends to nothing. None for no row.
         `generate` and plain calls do this themselves. Returns False, and does nothing, where the host has to lay the
         forward out after all: an empty cache, layers with a window, evaluation mode, recorded picks.
         """
-        if not cache.can_decode or self._attention.positions is not None or self.stats.record_picks:
+        self._check_cache(cache)
+        if not cache.can_decode or self._is_watched:
             return False
-        known = self._meter is not None and self._cache is not None and self._cache() is cache and cache.decoding
-        cache.announce(self.model.device)
-        if not known:
-            self._cache = weakref.ref(cache)
-            books = cache.state.decoding
-            self.stats.kv_reader = books.kv_reader()
-            self._meter = self.stats.meter(len(books.lengths), books.lengths.device, static=books.static)
+        cache.announce(self.model.device, finished)
+        books = cache.state.decoding
+        books.owner = self.stats
+        books.meter = self.stats.meter(len(books.lengths), books.lengths.device, static=books.static)
+        self.stats.kv_reader = books.kv_reader()
+        self._cache = weakref.ref(cache)
         return True
+
+    @property
+    def _is_watched(self) -> bool:
+        """Whether somebody wants to see what only forwards show that the host lays out."""
+        return self._attention.positions is not None or self.stats.record_picks
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Handle:
         raise UnsupportedUseError(
@@ -221,15 +227,22 @@ class Handle:
         """Before the model's layers. Can be traced if the forward was announced and is what was announced."""
         kwargs = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
         cache, ids = kwargs.get("past_key_values"), kwargs.get("input_ids")
-        expected = isinstance(cache, PagedCache) and cache.announced and kwargs.get("attention_mask") is None
-        if not expected or ids is None or ids.shape[1] != 1:
+        if (
+            not isinstance(cache, PagedCache)
+            or not cache.announced
+            or cache.state.decoding.owner is not self.stats
+            or kwargs.get("attention_mask") is not None
+            or ids is None
+            or ids.shape != cache.state.decoding.lengths.shape
+            or self._is_watched
+        ):
             kwargs = self._lay_out(kwargs)
             cache = kwargs.get("past_key_values")
         if cache is not None and cache.announced:
             cache.state.step = cache.state.decoding.step()
             self._attention.cache = cache
             if "position_ids" in self._parameters and kwargs.get("position_ids") is None:
-                kwargs["position_ids"] = cache.state.decoding.columns[None]
+                kwargs["position_ids"] = cache.state.decoding.lengths.long()
             # Nobody looks at it; but without one OPT makes one, longer in every step.
             lens = cache.state.step.seq_lens
             kwargs["attention_mask"] = torch.ones_like(lens, dtype=torch.bool)
@@ -245,8 +258,7 @@ class Handle:
             self._close(output is None)
         elif step is not None:
             self._attention.cache = None
-            assert self._meter is not None, "announce() has set it"
-            self._meter.add(step.seq_lens[:, 0], [pick.seq_lens[:, 0] for pick in step.picks])
+            cache.state.decoding.meter.add(step.seq_lens[:, 0], [pick.seq_lens[:, 0] for pick in step.picks])
             cache.commit()
 
     @torch.compiler.disable

@@ -132,7 +132,6 @@ class PagedCache(Cache):
         super().__init__(layers=layers)
         self.windows = tuple(windows)
         self._before: list[dict[str, Any]] = []
-        self._ended: Tensor | None = None
         if max_length is not None:
             kv.reserve(max_length)
 
@@ -185,23 +184,22 @@ class PagedCache(Cache):
         """Whether the next forward is one that keeps its books on the device."""
         return self.state.decoding.announced
 
-    def announce(self, device: torch.device) -> None:
+    def announce(self, device: torch.device, finished: Tensor | None) -> None:
         """Makes room for one more token in every row. The next forward, of one token a row and without a mask, then
-        needs nothing from the host, compiled or not. device: the model's."""
+        needs nothing from the host, compiled or not. device: the model's. finished: see `Handle.announce`."""
         decoding = self.state.decoding
         if not decoding.started:
             assert self.can_decode and self.state.columns is not None
             self.abort()
-            decoding.start(self.state.columns, device, self._ended)
-            self._ended = None
-        decoding.announce()
+            decoding.start(self.state.columns, device)
+        decoding.announce(finished)
 
-    def end(self, rows: Tensor) -> None:
-        """The last token of `rows`, bool [batch], has been made: once it is stored, what follows it is padding."""
-        if self.state.decoding.started:
-            self.state.decoding.end(rows)
-        else:
-            self._ended = rows
+    def mask(self, finished: Tensor) -> Tensor:
+        """int64 [batch, seen + 1], the mask of all columns and of one more, which is padding in `finished` rows: for a
+        forward that the host has to lay out where others of its kind were announced."""
+        self.settle()
+        assert self.state.columns is not None
+        return torch.cat([self.state.columns.real, ~finished.cpu()[:, None]], dim=1).to(finished.device, torch.long)
 
     def settle(self) -> None:
         """Lets the host catch up with what rows have decoded; waits for the device."""
@@ -237,7 +235,7 @@ class PagedCache(Cache):
             pages=slots // self.page_size,
             offsets=slots % self.page_size,
             block_table=kv.block_table(max(append.lengths)),
-            seq_lens=torch.tensor(append.lengths, dtype=torch.int32)[:, None],
+            seq_lens=(torch.tensor(append.lengths, dtype=torch.int32) * real.any(1))[:, None],
             width=width,
             onto_past=columns.seen > 0,
             append=append,
@@ -314,7 +312,7 @@ class PagedCache(Cache):
     def reset(self) -> None:
         """Forgets all rows; the pool's memory is kept."""
         self.kv.clear()
-        self.state.columns = self.state.step = self._ended = None
+        self.state.columns = self.state.step = None
         for layer in self._windowed():
             layer.reset()
 
