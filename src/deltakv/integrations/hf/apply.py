@@ -7,6 +7,7 @@ import inspect
 import itertools
 import weakref
 from collections.abc import Iterator
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -19,7 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from deltakv.config import Method
 from deltakv.errors import ConfigError, UnsupportedUseError
 from deltakv.integrations.hf.attention import PagedAttention
-from deltakv.integrations.hf.cache import PagedCache
+from deltakv.integrations.hf.cache import PagedCache, check_cache
 from deltakv.integrations.hf.generation import Generation
 from deltakv.integrations.hf.positions import Positions, Trace
 from deltakv.integrations.hf.stats import Statistics
@@ -72,6 +73,7 @@ class Handle:
         self.plan: LayerPlan = method.layer_plan(len(self.planned_layers))
         self.stats = Statistics(self.plan)
         self._windows = shape.windows
+        self._check_cache = partial(check_cache, page_size=method.page_size, windows=shape.windows)
         self._selector = selector(method)
         self._cache: weakref.ref[PagedCache] | None = None
         roles = dict(zip(self.planned_layers, self.plan.roles, strict=True))
@@ -292,15 +294,3 @@ class Handle:
         ):
             kv_bytes = cache.kv_bytes
             self.stats.kv_reader = lambda: kv_bytes
-
-    def _check_cache(self, cache: Any) -> None:
-        if not isinstance(cache, PagedCache):
-            raise UnsupportedUseError(
-                f"past_key_values is a {type(cache).__name__}, but deltakv needs its own paged cache; "
-                "leave it out, pass handle.new_cache(), or a cache that an earlier call returned"
-            )
-        if cache.page_size != self.method.page_size or cache.windows != self._windows:
-            raise UnsupportedUseError(
-                f"the cache has pages of {cache.page_size} tokens and {len(cache.windows)} layers, but this method "
-                f"needs pages of {self.method.page_size} and {len(self._windows)} layers; use handle.new_cache()"
-            )

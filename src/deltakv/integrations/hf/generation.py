@@ -19,13 +19,13 @@ from deltakv.integrations.hf.cache import PagedCache
 #: Entry points of transformers' continuous batching, which replaces any custom attention in silence.
 _CONTINUOUS_BATCHING = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
 
-#: Tokens that a static cache's room is a multiple of, at least; longer ones are rounded up by a quarter at most.
+#: Tokens that a static cache's room is a multiple of, at least; longer ones are rounded up by a sixteenth at most.
 _LEAST_ROOM = 256
 
 
 def bucket(tokens: int) -> int:
     """The room that a static cache for `tokens` tokens a row gets: few different ones, because each is compiled for."""
-    step = max(_LEAST_ROOM, (1 << (tokens - 1).bit_length()) // 8)
+    step = max(_LEAST_ROOM, (1 << (tokens - 1).bit_length()) // 32)
     return -(-tokens // step) * step
 
 
@@ -53,7 +53,7 @@ class _Criteria(StoppingCriteriaList):
 class Generation:
     """Stands in for a few of the model's methods that `generate` calls.
 
-    check: raises `UnsupportedUseError` for a cache that does not fit. announce: `Handle.announce`.
+    new_cache, announce: the handle's. check: raises `UnsupportedUseError` for a cache that does not fit it.
     """
 
     def __init__(
