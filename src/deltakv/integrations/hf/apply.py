@@ -72,6 +72,7 @@ class Handle:
         self.planned_layers = shape.planned_layers
         self.plan: LayerPlan = method.layer_plan(len(self.planned_layers))
         self.stats = Statistics(self.plan)
+        self._name = f"{_PREFIX}{next(_numbers)}"
         self._windows = shape.windows
         self._check_cache = partial(check_cache, page_size=method.page_size, windows=shape.windows)
         self._selector = selector(method)
@@ -118,7 +119,7 @@ class Handle:
             return False
         cache.announce(self.model.device, finished)
         books = cache.state.decoding
-        books.owner = self.stats
+        books.owner = self._name
         books.meter = self.stats.meter(len(books.lengths), books.lengths.device, static=books.static)
         self.stats.kv_reader = books.kv_reader()
         self._cache = weakref.ref(cache)
@@ -166,7 +167,7 @@ class Handle:
 
     def _install(self, undo: contextlib.ExitStack) -> None:
         """Everything that `remove` undoes, in reverse."""
-        model, name = self.model, f"{_PREFIX}{next(_numbers)}"
+        model, name = self.model, self._name
         _applied[model] = weakref.ref(self)
         undo.callback(_applied.pop, model, None)
 
@@ -232,7 +233,7 @@ class Handle:
         if (
             not isinstance(cache, PagedCache)
             or not cache.announced
-            or cache.state.decoding.owner is not self.stats
+            or cache.state.decoding.owner != self._name
             or kwargs.get("attention_mask") is not None
             or ids is None
             or ids.shape != cache.state.decoding.lengths.shape

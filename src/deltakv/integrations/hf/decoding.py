@@ -19,7 +19,7 @@ from deltakv.integrations.hf.padding import Columns
 from deltakv.integrations.hf.step import Step
 
 if TYPE_CHECKING:
-    from deltakv.integrations.hf.stats import Meter, Statistics
+    from deltakv.integrations.hf.stats import Meter
 
 
 class Decoding:
@@ -29,7 +29,7 @@ class Decoding:
     lengths: int32 [rows, 1], tokens of each row. columns: int64 [1], columns so far, padding included.
     block_table: int32 [rows, 1, width], with room for all that the rows may grow to.
     finished: bool [rows], what comes now for the row is padding; nothing is stored, and no attention spent on it.
-    owner, meter: the statistics of the handle that announced the forward, and what of them counts it.
+    owner: the name of the handle that announced the forward. meter: counts it.
     announced: the host has made room for one more token a row; the next forward takes it.
     unpadded: all columns of all rows are known to hold a token.
     """
@@ -38,7 +38,7 @@ class Decoding:
     columns: Tensor
     block_table: Tensor
     finished: Tensor
-    owner: Statistics
+    owner: str
     meter: Meter
 
     def __init__(self, kv: PagedKV, static: bool) -> None:

@@ -119,9 +119,11 @@ class Generation:
         the prompt."""
         inputs = self._make_inputs(input_ids, *args, **kwargs)
         cache: Any = inputs.get("past_key_values")
+        ids = inputs.get("input_ids")
         known = self._running.get(cache) if isinstance(cache, PagedCache) else None
         criteria = None if known is None else known()
-        if criteria is not None and not kwargs.get("is_first_iteration", False):
+        decodes = ids is not None and ids.shape[1] == 1 and not kwargs.get("is_first_iteration", False)
+        if criteria is not None and decodes:
             if self._announce(cache, criteria.finished):
                 inputs.pop("attention_mask", None)
             elif criteria.finished is not None and not any(cache.windows):
