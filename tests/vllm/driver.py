@@ -1,0 +1,64 @@
+"""A process of its own that runs vLLM engines one after the other, as tests ask: JSON in, JSON out, one line each.
+
+A request: {"engine": arguments of `vllm.LLM`, "runs": [{"prompts": [[token, ...], ...], "sampling": {...}}, ...]}. The
+engine lives for one request. The answer: {"runs": [[{"tokens": [...], "logprobs": [[one a vocabulary entry], ...],
+"cached": prompt tokens that came from the prefix cache}, ...], ...]}, or {"error": "Kind: message"}.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+import traceback
+from typing import Any
+
+
+def serve() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # vLLM logs to stdout
+    for line in sys.stdin:
+        try:
+            answer = run(json.loads(line))
+        except Exception as error:
+            traceback.print_exc()
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+def run(request: dict[str, Any]) -> dict[str, Any]:
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    llm = None
+    try:
+        llm = LLM(**request["engine"])
+        return {"runs": [generate(llm, **wanted) for wanted in request["runs"]]}
+    finally:
+        if llm is not None:
+            llm.llm_engine.engine_core.shutdown()
+        del llm
+        cleanup_dist_env_and_memory()
+        gc.collect()
+
+
+def generate(llm: Any, prompts: list[list[int]], sampling: dict[str, Any]) -> list[dict[str, Any]]:
+    from vllm import SamplingParams
+
+    size = llm.llm_engine.vllm_config.model_config.get_vocab_size()
+    parameters = SamplingParams(temperature=0, logprobs=-1, detokenize=False, ignore_eos=True, **sampling)
+    asked = [{"prompt_token_ids": prompt} for prompt in prompts]
+    rows = llm.generate(asked, parameters, use_tqdm=False)
+    return [
+        {
+            "tokens": list(row.outputs[0].token_ids),
+            "logprobs": [[step[token].logprob for token in range(size)] for step in row.outputs[0].logprobs],
+            "cached": row.num_cached_tokens,
+        }
+        for row in rows
+    ]
+
+
+if __name__ == "__main__":
+    serve()
