@@ -21,11 +21,11 @@ def save_tiny(folder: Path, **changes: Any) -> str:
 
     config = LlamaConfig(
         **{
-            **dict(
-                vocab_size=128, hidden_size=128, intermediate_size=128, num_hidden_layers=DEPTH,
-                num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=4096,
-                initializer_range=0.12, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-            ),
+
+                "vocab_size": 128, "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": DEPTH,
+                "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 4096,
+                "initializer_range": 0.12, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0
+            ,
             **changes,
         }
     )  # fmt: skip

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-#: How vLLM runs on a small CPU: in the process that asked, on one thread, with 1 GiB of KV cache and no look at the Hub.
+#: How vLLM runs on a small CPU: in this very process, on one thread, with little KV cache, without the Hub.
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",

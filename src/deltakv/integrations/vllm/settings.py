@@ -22,10 +22,14 @@ TP_SELECTIONS = ("global", "local")
 
 @dataclass(frozen=True)
 class Settings:
-    """A method, and how the ranks of a tensor-parallel group come to a pick."""
+    """A method, and how the ranks of a tensor-parallel group come to a pick. Raises `ConfigError`."""
 
     method: Method
     tp_selection: str = "global"
+
+    def __post_init__(self) -> None:
+        if self.tp_selection not in TP_SELECTIONS:
+            raise ConfigError(f"tp_selection={self.tp_selection!r} is not one of {', '.join(TP_SELECTIONS)}")
 
 
 def settings_of(additional_config: Any) -> Settings | None:
@@ -43,6 +47,4 @@ def settings_of(additional_config: Any) -> Settings | None:
         )
     options = dict(asked)
     algorithm, tp_selection = options.pop("algorithm", "delta"), options.pop("tp_selection", "global")
-    if tp_selection not in TP_SELECTIONS:
-        raise ConfigError(f"tp_selection={tp_selection!r} is not one of {', '.join(TP_SELECTIONS)}")
     return Settings(from_options(str(algorithm), options), tp_selection)

@@ -12,6 +12,7 @@ from vllm.distributed.utils import get_pp_indices
 from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
+from deltakv.config import PAGE_SIZES
 from deltakv.errors import PlanError, UnsupportedModelError, UnsupportedUseError
 from deltakv.integrations.vllm.layout import Layout
 from deltakv.integrations.vllm.settings import EXAMPLE, KEY, Settings, settings_of
@@ -95,9 +96,9 @@ def _check_engine(config: VllmConfig) -> None:
 def _check_pages(config: VllmConfig, settings: Settings, backend: type[AttentionBackend]) -> None:
     page_size, block_size = settings.method.page_size, config.cache_config.block_size
     if not backend.supports_block_size(page_size):
+        allowed = ", ".join(str(size) for size in PAGE_SIZES if backend.supports_block_size(size))
         raise UnsupportedUseError(
-            f"page_size={page_size} is not a block size of this vLLM's attention ({backend.__mro__[1].__name__}); "
-            'it needs a multiple of 32: "page_size": 32 with --block-size 32'
+            f"page_size={page_size} is not a block size of this vLLM's attention here; allowed are {allowed}"
         )
     if block_size != page_size:
         raise UnsupportedUseError(
