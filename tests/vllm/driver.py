@@ -2,7 +2,8 @@
 
 A request: {"engine": arguments of `vllm.LLM`, "runs": [{"prompts": [[token, ...], ...], "sampling": {...}}, ...]}. The
 engine lives for one request. The answer: {"runs": [[{"tokens": [...], "logprobs": [[one a vocabulary entry], ...],
-"cached": prompt tokens that came from the prefix cache}, ...], ...]}, or {"error": "Kind: message"}.
+"cached": prompt tokens that came from the prefix cache}, ...], ...]}, or {"error": "Kind: message"}. Of {"check":
+arguments} the config alone is made and checked; the answer is {"plan": letters}.
 """
 
 from __future__ import annotations
@@ -20,11 +21,24 @@ def serve() -> None:
     os.dup2(2, 1)  # vLLM logs to stdout
     for line in sys.stdin:
         try:
-            answer = run(json.loads(line))
+            request = json.loads(line)
+            answer = check(request["check"]) if "check" in request else run(request)
         except Exception as error:
             traceback.print_exc()
             answer = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps(answer), file=answers, flush=True)
+
+
+def check(engine: dict[str, Any]) -> dict[str, Any]:
+    """The letters of the plan that an engine would run, its config built and nothing loaded; None without settings."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    from deltakv.integrations.vllm.support import check as check_config
+
+    config = EngineArgs(**engine).create_engine_config()
+    layout = check_config(config, AttentionBackendEnum.CUSTOM.get_class())
+    return {"plan": None if layout is None else str(layout.plan)}
 
 
 def run(request: dict[str, Any]) -> dict[str, Any]:

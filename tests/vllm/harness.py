@@ -69,17 +69,27 @@ class Driver:
         """
         if settings is not None:
             engine["additional_config"] = {"deltakv": settings}
-        request = {"engine": {"model": model, **ENGINE, **engine}, "runs": list(runs)}
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        answer = json.loads(self._process.stdout.readline() or '{"error": "the process is gone"}')
-        if "error" in answer:
-            raise EngineError(answer["error"])
+        answer = self._ask({"engine": {"model": model, **ENGINE, **engine}, "runs": list(runs)})
         return [
             [Row(row["tokens"], torch.tensor(row["logprobs"]), row["cached"] or 0) for row in rows]
             for rows in answer["runs"]
         ]
+
+    def check(self, model: str, settings: Any = None, **engine: Any) -> str | None:
+        """The plan that such an engine would run, without loading it; None without settings. Raises `EngineError`."""
+        if settings is not None:
+            engine["additional_config"] = {"deltakv": settings}
+        plan: str | None = self._ask({"check": {"model": model, **ENGINE, **engine}})["plan"]
+        return plan
+
+    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        answer: dict[str, Any] = json.loads(self._process.stdout.readline() or '{"error": "the process is gone"}')
+        if "error" in answer:
+            raise EngineError(answer["error"])
+        return answer
 
     def close(self) -> None:
         assert self._process.stdin is not None

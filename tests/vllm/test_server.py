@@ -129,10 +129,32 @@ def test_a_cancelled_request_leaves_the_server_at_work(server: Server) -> None:
     assert client.completions.create(model="smollm2", prompt="Hello", max_tokens=2).choices[0].text
 
 
-def running_requests(server: Server) -> float:
+def metric(server: Server, name: str) -> float:
     with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/metrics", timeout=30) as page:
         lines = page.read().decode().splitlines()
-    return sum(float(line.split()[-1]) for line in lines if line.startswith("vllm:num_requests_running{"))
+    return sum(float(line.split()[-1]) for line in lines if line.startswith(f"{name}{{"))
+
+
+def running_requests(server: Server) -> float:
+    return metric(server, "vllm:num_requests_running")
+
+
+def test_the_metrics_endpoint_shows_how_sparse_it_was(server: Server) -> None:
+    names = ("decode_rows", "sparse_rows", "picks", "attended_tokens", "full_tokens")
+    before = [metric(server, f"deltakv_{name}_total") for name in names]
+    answer = server.client().completions.create(
+        model="smollm2", prompt=STORY, max_tokens=4, temperature=0, extra_body={"ignore_eos": True}
+    )
+    rows, sparse, picks, attended, full = (
+        metric(server, f"deltakv_{name}_total") - old for name, old in zip(names, before, strict=True)
+    )
+    assert answer.usage is not None
+    first = answer.usage.prompt_tokens + 1
+    lengths = range(first, first + 3)  # the prompt's own forward gives the first of the four tokens
+    kept = [128 - 16 + (length - 1) % 16 + 1 for length in lengths]  # the last of eight pages is partly filled
+    assert (rows, sparse, picks) == (3, 3, 3 * 3)
+    assert full == 30 * sum(lengths)
+    assert attended == 5 * sum(lengths) + 25 * sum(kept)
 
 
 def test_a_prompt_over_the_limit_is_a_400_that_says_so(server: Server) -> None:

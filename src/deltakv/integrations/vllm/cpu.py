@@ -24,8 +24,10 @@ from vllm.v1.attention.backends.cpu_attn import (
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from deltakv.integrations.vllm.cpu_keys import places, row_keys
+from deltakv.integrations.vllm.figures import figures_of
+from deltakv.integrations.vllm.layout import NamedLayout
 from deltakv.integrations.vllm.loaded import loaded_layout
-from deltakv.integrations.vllm.rows import narrowed, sparse_rows
+from deltakv.integrations.vllm.rows import decode_rows, narrowed, sparse_rows
 from deltakv.integrations.vllm.step import Step
 from deltakv.integrations.vllm.support import check
 from deltakv.methods import selector
@@ -80,7 +82,10 @@ class SparseCPUBuilder(CPUAttentionMetadataBuilder):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         layout = check(vllm_config, CPUAttentionBackend)
-        self._layout = None if layout is None else loaded_layout(layout, vllm_config, kv_cache_spec, layer_names)
+        self._layout: NamedLayout | None = None
+        if layout is not None:
+            self._layout = loaded_layout(layout, vllm_config, kv_cache_spec, layer_names)
+            self._figures = figures_of(self._layout, layer_names, vllm_config.parallel_config.rank)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -89,7 +94,10 @@ class SparseCPUBuilder(CPUAttentionMetadataBuilder):
         metadata = build(common_prefix_len, common, fast_build)
         if layout is None:
             return metadata
-        rows = sparse_rows(common, layout.settings.method)
+        decode = decode_rows(common)
+        if self._figures is not None:
+            self._figures.step(common.seq_lens[decode].tolist())
+        rows = sparse_rows(common, decode, layout.settings.method)
         if not len(rows):
             return metadata
 

@@ -51,3 +51,7 @@ class NamedLayout:
     settings: Settings
     roles: Mapping[str, Role]
     sources: Mapping[str, str]
+
+    def first(self) -> str:
+        """The first planned layer in this process."""
+        return next(iter(self.roles))

@@ -24,3 +24,7 @@ def register() -> None:
     else:
         path = f"{_HERE}.guard.RefusedBackend"
     register_backend(AttentionBackendEnum.CUSTOM, path)
+    if checked:
+        from deltakv.integrations.vllm import figures
+
+        figures.announce()

@@ -41,12 +41,11 @@ def decode_rows(common: CommonAttentionMetadata) -> Tensor:
     return (lengths == 1) & ~common.is_prefilling[: len(lengths)].cpu()
 
 
-def sparse_rows(common: CommonAttentionMetadata, method: Method) -> Rows:
+def sparse_rows(common: CommonAttentionMetadata, decode: Tensor, method: Method) -> Rows:
     """The decode rows of which a REUSE layer leaves pages out: the others keep them all, and need no pick.
 
-    For batches whose lengths are on the CPU.
+    decode: as `decode_rows` gives it. For batches whose lengths are on the CPU.
     """
-    decode = decode_rows(common).tolist()
     chosen = [
         row
         for row, length in enumerate(common.seq_lens.tolist())
