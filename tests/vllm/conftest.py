@@ -14,12 +14,12 @@ from harness import Driver
 DEPTH = 8
 
 
-def save_tiny(folder: Path, **changes: Any) -> str:
-    """A random Llama of 8 layers, 4 query and 2 KV heads of 32 (the least that vLLM's CPU attention takes), with peaked
+def save_tiny(folder: Path, kind: str = "Llama", **changes: Any) -> str:
+    """A random model of 8 layers, 4 query and 2 KV heads of 32 (the least that vLLM's CPU attention takes), with peaked
     attention, so that a wrong pick shows."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    import transformers
 
-    config = LlamaConfig(
+    config = getattr(transformers, f"{kind}Config")(
         **{
 
                 "vocab_size": 128, "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": DEPTH,
@@ -31,13 +31,22 @@ def save_tiny(folder: Path, **changes: Any) -> str:
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        LlamaForCausalLM._from_config(config, dtype=torch.float32).save_pretrained(folder)
+        transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
     return str(folder)
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def windowed(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Every second layer has a sliding window, so that vLLM keeps two block tables."""
+    kinds = ["sliding_attention", "full_attention"] * (DEPTH // 2)
+    return save_tiny(
+        tmp_path_factory.mktemp("windowed"), "Gemma3Text", sliding_window=64, layer_types=kinds, query_pre_attn_scalar=4
+    )
 
 
 @pytest.fixture(scope="session")

@@ -16,9 +16,21 @@ import traceback
 from typing import Any
 
 
+def pretend(version: str) -> None:
+    """Makes this vLLM one of another version, with the plugin loaded."""
+    import vllm
+
+    from deltakv.integrations.vllm.plugin import register
+
+    vllm.__version__ = version
+    register()
+
+
 def serve() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # vLLM logs to stdout
+    if version := os.environ.get("DELTAKV_TEST_VLLM_VERSION"):
+        pretend(version)
     for line in sys.stdin:
         try:
             request = json.loads(line)
@@ -61,13 +73,13 @@ def generate(llm: Any, prompts: list[list[int]], sampling: dict[str, Any]) -> li
     from vllm import SamplingParams
 
     size = llm.llm_engine.vllm_config.model_config.get_vocab_size()
-    parameters = SamplingParams(temperature=0, logprobs=-1, detokenize=False, ignore_eos=True, **sampling)
+    parameters = SamplingParams(temperature=0, detokenize=False, ignore_eos=True, **sampling)
     asked = [{"prompt_token_ids": prompt} for prompt in prompts]
     rows = llm.generate(asked, parameters, use_tqdm=False)
     return [
         {
             "tokens": list(row.outputs[0].token_ids),
-            "logprobs": [[step[token].logprob for token in range(size)] for step in row.outputs[0].logprobs],
+            "logprobs": [[step[token].logprob for token in range(size)] for step in row.outputs[0].logprobs or []],
             "cached": row.num_cached_tokens,
         }
         for row in rows

@@ -103,6 +103,6 @@ def prompt(length: int, seed: int, vocabulary: int = 128) -> list[int]:
     return torch.randint(3, vocabulary, (length,), generator=generator).tolist()
 
 
-def ask(*prompts: list[int], tokens: int = 12) -> dict[str, Any]:
-    """One run: these prompts together, so many tokens each."""
-    return {"prompts": list(prompts), "sampling": {"max_tokens": tokens}}
+def ask(*prompts: list[int], tokens: int = 12, logprobs: bool = True) -> dict[str, Any]:
+    """One run: these prompts together, so many tokens each. logprobs: whether the rows come with them."""
+    return {"prompts": list(prompts), "sampling": {"max_tokens": tokens, "logprobs": -1 if logprobs else None}}

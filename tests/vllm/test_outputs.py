@@ -90,6 +90,14 @@ def test_min_context_and_the_default_plan_are_those_of_transformers(engines: Dri
     assert difference(row, by_transformers(tiny, deltakv.Delta(**options), LONG, len(row.tokens))) < CLOSE
 
 
+@pytest.mark.parametrize("plan", ["SRRR", "FSRR"])
+def test_layers_with_a_window_keep_it(engines: Driver, windowed: str, plan: str) -> None:
+    """Two block tables; plan letters count the layers without a window."""
+    options = {"budget": 64, "recent": 16, "sinks": 16, "min_context": 64, "plan": plan}
+    ((row,),) = engines.run(windowed, ask(LONG), settings=options)
+    assert difference(row, by_transformers(windowed, deltakv.Delta(**options), LONG, len(row.tokens))) < CLOSE
+
+
 def test_a_mixed_batch_is_each_row_alone(engines: Driver, tiny: str, sparse_rows: list[Row]) -> None:
     """Sparse rows, a dense one, and prompts that are still read: 64 tokens a step spread a prompt over five steps, so
     that the short rows decode beside it."""

@@ -55,7 +55,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "MLA": (
         "DeepseekV2",
         {**SMALL, "head_dim": None, "kv_lora_rank": 32, "q_lora_rank": None, "qk_rope_head_dim": 16,
-         "qk_nope_head_dim": 16, "v_head_dim": 32, "n_routed_experts": None, "num_key_value_heads": 4},
+         "qk_nope_head_dim": 16, "v_head_dim": 32, "n_routed_experts": 4, "num_key_value_heads": 4},
         ("MLA", "deepseek_v2", "VLLM_MLA_DISABLE=1"),
     ),
     "sliding windows alone": ("Mistral", {**SMALL, "sliding_window": 64}, ("every layer has a sliding window",)),
@@ -99,8 +99,8 @@ def test_what_goes_together_passes(engines: Driver, tiny: str, tmp_path: Path) -
     """The same kinds, next to what is refused."""
     assert engines.check(tiny, attention_backend=None) is None
     assert engines.check(tiny, SPARSE) == "FFSRSRSR"
-    assert engines.check(tiny, {"page_size": 32}, block_size=32) == "FFSRSRSR"
+    assert engines.check(tiny, {"page_size": 32, "sinks": 32}, block_size=32) == "FFSRSRSR"
     assert engines.check(tiny, {**SPARSE, "plan": "FFSRSRRR"}, pipeline_parallel_size=2) == "FFSRSRRR"
     assert engines.check(tiny, {"algorithm": "full"}) == "F" * 8
     windows = {**SMALL, "sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"] * 4}
-    assert engines.check(save_config(tmp_path, "Qwen2", **windows, use_sliding_window=True), SPARSE) == "FFSR"
+    assert engines.check(save_config(tmp_path, "Qwen2", **windows, use_sliding_window=True), SPARSE) == "FFSS"
