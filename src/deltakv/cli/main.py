@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from deltakv.errors import DeltaKVError
 
-_EXTRAS = {"typer": "cli", "rich": "cli", "matplotlib": "plot", "gguf": "gguf", "accelerate": "gguf"}
+_EXTRAS = {"typer": "cli", "rich": "cli", "matplotlib": "plot", "gguf": "gguf", "accelerate": "gguf", "vllm": "vllm"}
 
 
 def main(args: Sequence[str] | None = None) -> NoReturn:

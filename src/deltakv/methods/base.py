@@ -8,6 +8,7 @@ engine asks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,6 +24,8 @@ class SoftmaxStats:
         (learned sinks included). Beyond a row's end logits and peaks mean nothing.
     seq_lens: int32 [rows], tokens of each row, the current one included.
     page_size: tokens a page.
+    across: where the query heads are spread over ranks and all of them have a say: gives, of a value a token, fp32
+        [rows, tokens], the largest over the ranks, the same on each. None where every head is here, or picks alone.
     """
 
     logits: Tensor
@@ -30,6 +33,7 @@ class SoftmaxStats:
     lse: Tensor
     seq_lens: Tensor
     page_size: int
+    across: Callable[[Tensor], Tensor] | None = None
 
     @property
     def width(self) -> int:

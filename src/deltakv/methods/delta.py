@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from deltakv.config import Delta
 from deltakv.methods.base import Picks, SoftmaxStats
 from deltakv.ops import page_scores, select_pages
@@ -19,10 +21,9 @@ class DeltaSelector:
     config: Delta
 
     def pick(self, stats: SoftmaxStats) -> Picks:
-        scores = page_scores(stats.logits, stats.peaks, stats.lse, stats.seq_lens, stats.page_size)
         return Picks(
             *select_pages(
-                scores,
+                _scores(stats),
                 stats.seq_lens,
                 stats.page_size,
                 self.config.budget_pages,
@@ -31,3 +32,12 @@ class DeltaSelector:
                 self.config.min_context,
             )
         )
+
+
+def _scores(stats: SoftmaxStats) -> Tensor:
+    """fp32 [rows, pages]. The max over heads comes before the sum over tokens, so ranks that hold a part of the heads
+    each have to agree on tokens: a page of one token is worth its token's score."""
+    if stats.across is None:
+        return page_scores(stats.logits, stats.peaks, stats.lse, stats.seq_lens, stats.page_size)
+    tokens = stats.across(page_scores(stats.logits, stats.peaks, stats.lse, stats.seq_lens, 1))
+    return tokens.unflatten(1, (-1, stats.page_size)).sum(-1)

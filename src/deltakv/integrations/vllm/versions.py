@@ -1,0 +1,26 @@
+"""The vLLM versions that are checked, and what is said on any other one."""
+
+from __future__ import annotations
+
+import re
+
+#: Minor releases whose attention interface is tested against, each with its first good patch release.
+CHECKED = {(0, 26): 0, (0, 27): 1, (0, 32): 0}
+
+
+def is_checked(version: str) -> bool:
+    """Whether deltakv works inside this vLLM; `version` is `vllm.__version__`, with or without a build's suffix."""
+    found = re.match(r"(\d+)\.(\d+)\.(\d+)", version)
+    if found is None:
+        return False
+    major, minor, patch = map(int, found.groups())
+    return patch >= CHECKED.get((major, minor), patch + 1)
+
+
+def advice(version: str) -> str:
+    """Why deltakv does not run inside this vLLM, and what to do."""
+    ranges = ", ".join(f"{major}.{minor} from {major}.{minor}.{patch}" for (major, minor), patch in CHECKED.items())
+    return (
+        f"deltakv is not checked on vLLM {version}; checked are {ranges}: install one of these, "
+        'or leave out --attention-backend CUSTOM and the "deltakv" of --additional-config'
+    )
