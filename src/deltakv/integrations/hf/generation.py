@@ -107,9 +107,8 @@ class Generation:
         """The inputs of a forward. A step of one token a row needs no mask: what it says has been on the device since
         the prompt."""
         inputs = self._make_inputs(input_ids, *args, **kwargs)
-        cache: Any = inputs.get("past_key_values")
-        first = kwargs.get("is_first_iteration", False)
-        if cache is not None and cache is self._steady_cache() and not first and self._announce(cache):
+        steady, first = self._steady_cache(), kwargs.get("is_first_iteration", False)
+        if steady is not None and inputs.get("past_key_values") is steady and not first and self._announce(steady):
             inputs.pop("attention_mask", None)
         return inputs
 
