@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import deltakv
-from deltakv.offload.scheduler import ROW, Column, LayerShape, Plan, Rates, Schedule, best_split, buckets, predict
+from deltakv.offload.scheduler import ROW, Column, LayerShape, Rates, Schedule, best_split, predict
 
 OPT_6_7B = LayerShape(hidden=4096, kv_heads=32, head_dim=128, element_bytes=2)
 QWEN_7B = LayerShape(hidden=3584, kv_heads=4, head_dim=128, element_bytes=2)
@@ -125,24 +125,6 @@ def test_weights_on_the_bus_shift_the_best_l(schedule: Schedule) -> None:
     assert several.parts.total < 4 * best_split(OPT_6_7B, rates, 16, 1024, schedule, Column(
         batches=1, first_bytes=column.first_bytes, rest_bytes=column.rest_bytes
     )).parts.total  # fmt: skip
-
-
-def test_a_plan_takes_the_share_of_its_bucket() -> None:
-    rates = Rates(bus=5e10, gemm=4e14, other=1e-4)
-    ends = buckets(1000)
-    splits = tuple(best_split(OPT_6_7B, rates, 8, end, Schedule.PIPELINED) for end in ends)
-    plan = Plan(Schedule.PIPELINED, 8, (splits, splits))
-    for length in (1, 17, 500, 1000, 5000):
-        split = next((s for s in splits if length <= s.length), splits[-1])
-        assert plan.tokens(1, length) == math.floor(split.share * length) <= length
-    assert plan.most(0, 1000) == max(plan.tokens(0, length) for length in range(1, 1001))
-
-
-def test_buckets_ascend_to_the_longest() -> None:
-    for longest in (1, 2, 5, 1000, 32768):
-        ends = buckets(longest)
-        assert ends[-1] == longest
-        assert ends == sorted(set(ends))
 
 
 @pytest.mark.parametrize(

@@ -210,34 +210,3 @@ def _too_wide(shape: LayerShape) -> str:
         f"{why}: K and V of a token are {shape.kappa:,} bytes and X is {shape.alpha:,}, so sending X instead "
         "never pays; all K and V cross, overlapped"
     )
-
-
-@dataclass(frozen=True)
-class Plan:
-    """l by layer and length bucket, for rows of equal length.
-
-    splits: for each layer its splits by the length at a bucket's end, ascending. Longer rows take the last share.
-    """
-
-    schedule: Schedule
-    batch: int
-    splits: tuple[tuple[Split, ...], ...]
-
-    def tokens(self, layer: int, length: int) -> int:
-        """How many of `length` tokens that layer recomputes: the share of the bucket's end."""
-        splits = self.splits[layer]
-        split = next((split for split in splits if length <= split.length), splits[-1])
-        return math.floor(split.share * length)
-
-    def most(self, layer: int, length: int) -> int:
-        """The most tokens that this layer recomputes of a row that has at most `length`."""
-        splits = self.splits[layer]
-        ends = [min(split.length, length) for split in splits] + [length]
-        return max(self.tokens(layer, end) for end in ends)
-
-
-def buckets(longest: int) -> list[int]:
-    """Bucket ends up to `longest`: powers of two and the halves between, so that l is off by a third at most of a
-    share that changes slowly."""
-    ends = sorted({max(1, (3 if odd else 4) << power >> 2) for power in range(4, 40) for odd in (False, True)})
-    return [end for end in ends if end < longest] + [longest]

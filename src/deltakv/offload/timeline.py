@@ -54,7 +54,9 @@ def simulate(
         for piece in pieces:
             is_x = piece.kind is Kind.X
             wait = done[-slots] if len(done) >= slots else 0.0
-            if not overlap or piece.barrier:
+            if piece.barrier and done:
+                wait = max(wait, done[-1])
+            if not overlap:
                 wait = max(wait, gpu)
             start = max(bus, wait)
             bus = start + batch * piece.tokens * (shape.alpha if is_x else shape.kappa) / rates.bus
