@@ -1,0 +1,317 @@
+"""The rows of a batch in host memory: the counterpart of `cache.PagedKV`, for a cache that does not fit the device.
+
+A step appends tokens with `begin`; its layers `store` their new K, V and X and `attend` to what there was, chunk by
+chunk; `commit` makes it count. A step that fails half way is never committed, and the next `begin` forgets it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deltakv.cache.rows import Append, Row
+from deltakv.errors import UnsupportedUseError
+from deltakv.offload.attention import Attention
+from deltakv.offload.codecs import Codec, InputCodec, codec
+from deltakv.offload.config import Host
+from deltakv.offload.lanes import Lanes, lanes_of
+from deltakv.offload.loads import Load, Loads
+from deltakv.offload.memory import HostMemory, Records
+from deltakv.offload.pieces import Kind, Piece, pieces
+from deltakv.offload.planner import Splitter
+from deltakv.offload.stores import Places, Stores
+
+#: From X, [tokens, rows, hidden] (any strides, tokens and rows can be one dimension), and positions, int64 [tokens,
+#: rows], to K as it is stored (with its norm and RoPE) and V: [tokens, rows, kv_heads, head_dim].
+Recompute = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+#: No row is that long.
+_NO_LIMIT = 1 << 60
+
+
+@dataclass
+class _Layer:
+    """What a layer has in host memory. x_limit: of how many first tokens X is kept. stored: the mark behind which all
+    of it is there."""
+
+    codec: Codec
+    kv: Records
+    inputs: InputCodec | None
+    x: Records | None
+    x_limit: int
+    stored: Any = None
+
+
+class HostRows:
+    """All rows of a batch, for the layers numbered in `layers`, which run in that order.
+
+    splitter: how much to recompute. make_lanes: the lanes of a device, for tests that delay copies.
+    """
+
+    page_size = 1  # tokens lie side by side; a slot is a token's number in its row
+
+    def __init__(
+        self,
+        layers: Sequence[int],
+        host: Host,
+        splitter: Splitter,
+        make_lanes: Callable[[torch.device], Lanes] | None = None,
+    ) -> None:
+        self.host, self.splitter = host, splitter
+        self.rows: list[Row] = []
+        self._order = tuple(layers)
+        self._make_lanes = make_lanes or (lambda device: lanes_of(device, overlap=host.overlap))
+        self._memory: HostMemory | None = None
+        self._layers: dict[int, _Layer] = {}
+        self._pieces: dict[int, tuple[Piece, ...]] = {}
+        self._append = Append([], [], [])
+        self._ahead = 0
+        self._lanes: Lanes | None = None
+        self._device = torch.device("cpu")
+        self._loads: Loads | None = None
+        self._stores: Stores | None = None
+
+    def reserve(self, tokens: int) -> None:
+        """Says how long rows are expected to get: X need not be kept beyond what will be recomputed then."""
+        self._ahead = max(self._ahead, tokens)
+        longest = max((row.length for row in self.rows), default=0)
+        for index, layer in self._layers.items():
+            if layer.x is not None and longest <= layer.x_limit:  # X is still kept of every token
+                layer.x_limit = max(layer.x_limit, self.splitter.most(index, len(self.rows), self._ahead))
+
+    def keeps_inputs(self, layer: int) -> bool:
+        """Whether `store` wants X of the step under way."""
+        known = self._layers.get(layer)
+        return known.x is not None if known is not None else self._x_limit(layer) > 0
+
+    def begin(self, counts: list[int]) -> Append:
+        """Makes room for `counts[r]` more tokens in row r, and lets their past begin to cross. The first call decides
+        the batch size. Raises `OffloadError` if the host has no room."""
+        if not self.rows:
+            self.rows = [Row() for _ in counts]
+        past = [row.length for row in self.rows]
+        lengths = [row.length + count for row, count in zip(self.rows, counts, strict=True)]
+        self._ensure(max(lengths))
+        slots = [list(range(old, new)) for old, new in zip(past, lengths, strict=True)]
+        self._append = Append(past, lengths, slots)
+        self._start_loads(max(past))
+        return self._append
+
+    def store(self, layer: int, k: Tensor, v: Tensor, inputs: tuple[Tensor, Tensor] | None, real: Tensor) -> None:
+        """A layer's new tokens.
+
+        k, v: [rows, kv_heads, width, head_dim], K with RoPE. inputs: X [rows, width, hidden] and positions, int64
+        [rows or 1, width], where `keeps_inputs`. real: bool [rows, width] on the CPU, which columns are tokens; those
+        of a row stand together.
+        """
+        if layer not in self._layers:
+            self._make_layer(layer, k, None if inputs is None else inputs[0])
+        known, counts = self._layers[layer], real.sum(1).tolist()
+        places = Places(self._append.past, counts, real.byte().argmax(1).tolist())
+        stores = self._stores_for(known)
+        k, v = k.detach().permute(2, 0, 1, 3), v.detach().permute(2, 0, 1, 3)
+        stores.write(known.kv, places, _NO_LIMIT, lambda index: known.codec.encode(k[index], v[index]))
+        if known.x is not None:
+            assert known.inputs is not None and inputs is not None, "keeps_inputs() has asked for X"
+            codec, x = known.inputs, inputs[0].detach().transpose(0, 1)
+            positions = inputs[1].expand(len(self.rows), -1).T
+            stores.write(known.x, places, known.x_limit, lambda index: codec.encode(x[index], positions[index]))
+        assert self._lanes is not None
+        known.stored = self._lanes.store.mark()
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        k: Tensor,
+        v: Tensor,
+        real: Tensor,
+        scale: float,
+        sinks: Tensor | None,
+        recompute: Recompute | None,
+    ) -> Tensor:
+        """Causal attention of the new tokens over their rows, themselves included.
+
+        query: [rows, n_heads, width, head_dim]; k, v, real: as in `store`; sinks: [n_heads] or None; recompute: for
+        layers that keep X. Returns [rows, width, n_heads, head_dim] in query's dtype. Raises `OffloadError`.
+        """
+        attention = Attention(query, self._append.past, scale)
+        attention.among_themselves(k, v, real)
+        known = self._layers[layer]
+        for piece in self._pieces.get(layer, ()):
+            assert self._loads is not None
+            records = self._loads.take(layer, piece)
+            if piece.kind is Kind.KV:
+                attention.over(*known.codec.decode(records), piece.start)
+            else:
+                assert known.inputs is not None and recompute is not None, "X is kept where it can be used"
+                attention.over(*recompute(*known.inputs.decode(records)), piece.start)
+            self._loads.release()
+        return attention.result(sinks)
+
+    def commit(self, lengths: list[int]) -> None:
+        """The tokens up to `lengths[r]` now belong to row r."""
+        for row, length in zip(self.rows, lengths, strict=True):
+            row.length = length
+
+    def truncate(self, lengths: list[int]) -> None:
+        """Drops the tokens of each row from `lengths[r]` on."""
+        for row, length in zip(self.rows, lengths, strict=True):
+            row.length = min(row.length, length)
+
+    def rearrange(self, indices: list[int]) -> None:
+        """New row i is old row `indices[i]`. Copies the whole cache in host memory, unless nothing changes place."""
+        if indices != list(range(len(self.rows))):
+            self._settle()
+            tokens = max((self.rows[index].length for index in indices), default=0)
+            for layer in self._layers.values():
+                layer.kv = layer.kv.rearranged(indices, tokens)
+                if layer.x is not None:
+                    layer.x = layer.x.rearranged(indices, min(tokens, layer.x_limit))
+        self.rows = [Row([], self.rows[index].length) for index in indices]
+
+    def unshare(self) -> None:
+        """Rows never share memory here."""
+
+    def clear(self) -> None:
+        """Forgets all rows, and gives their memory back."""
+        self._settle()
+        for layer in self._layers.values():
+            for records in _records(layer):
+                records.release()
+        self._layers, self._pieces, self.rows = {}, {}, []
+        self._append = Append([], [], [])
+
+    def block_table(self, tokens: int | None = None) -> Tensor:
+        """int32 [rows, 1, 0]: there are no pages."""
+        return torch.zeros((len(self.rows), 1, 0), dtype=torch.int32)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tokens that rows hold, over all layers, X included."""
+        return sum(
+            min(row.length, limit) * records.record
+            for layer in self._layers.values()
+            for records, limit in ((layer.kv, _NO_LIMIT), (layer.x, layer.x_limit))
+            if records is not None
+            for row in self.rows
+        )
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of host memory that are taken, room ahead included."""
+        return 0 if self._memory is None else self._memory.taken
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes of chunks on the device, whatever the rows' length."""
+        loads = 0 if self._loads is None else self.host.chunks * self._loads.chunk_bytes
+        return loads + (0 if self._stores is None else 2 * self._stores.chunk_bytes)
+
+    def _x_limit(self, layer: int) -> int:
+        """How many first tokens of a row may be recomputed, as far as its length is known."""
+        if not self._ahead:
+            return _NO_LIMIT if self.splitter.most(layer, max(len(self.rows), 1), 1 << 20) else 0
+        return self.splitter.most(layer, max(len(self.rows), 1), self._ahead)
+
+    def _make_layer(self, index: int, k: Tensor, x: Tensor | None) -> None:
+        """Finds out from its first K what a layer stores, and takes memory for the step under way."""
+        if self._lanes is None:
+            self._device, self._lanes = k.device, self._make_lanes(k.device)
+            pinned = self.host.pinned and k.device.type == "cuda"
+            self._memory = HostMemory(pinned=pinned, limit=self.host.limit_bytes)
+        if k.device != self._device:
+            raise UnsupportedUseError(
+                f"layers on {self._device} and on {k.device} cannot share a cache in host memory; put the model on "
+                "one device, or use kv_device='device'"
+            )
+        assert self._memory is not None
+        kept = codec(k.shape[1], k.shape[3], k.dtype, self.host.bits)
+        inputs = InputCodec(x.shape[-1], x.dtype) if x is not None else None
+        rows, limit = len(self.rows), self._x_limit(index) if inputs is not None else 0
+        layer = _Layer(
+            kept, Records(self._memory, rows, kept.record), inputs,
+            None if inputs is None else Records(self._memory, rows, inputs.record), limit,
+        )  # fmt: skip
+        longest = max(self._append.lengths)
+        if not self._layers:  # before any layer takes memory, all must be known to find some
+            need = sum(records.missing(tokens) for records, tokens in _room(layer, longest))
+            self._memory.check(need * len(self._order), _what(longest, rows, len(self._order)))
+        for records, tokens in _room(layer, longest):
+            records.ensure(tokens)
+        self._layers[index] = layer
+
+    def _ensure(self, longest: int) -> None:
+        """Room in all known layers for rows of that length, or none is taken."""
+        wanted = [room for layer in self._layers.values() for room in _room(layer, longest)]
+        need = sum(records.missing(tokens) for records, tokens in wanted)
+        if need:
+            assert self._memory is not None
+            self._memory.check(need, _what(longest, len(self.rows), len(self._layers)))
+            for records, tokens in wanted:
+                records.ensure(tokens)
+
+    def _start_loads(self, longest: int) -> None:
+        """Lays out what crosses in this step, layer by layer."""
+        self._pieces = {}
+        if not longest or not self._layers:
+            return
+        batch = len(self.rows)
+        need = max(records.token_bytes for layer in self._layers.values() for records in _records(layer))
+        if self._loads is None or self._loads.chunk_bytes < need:
+            assert self._lanes is not None
+            self._loads = Loads(self._lanes, self._device, self.host.chunks, max(self.host.chunk_bytes, need))
+        room = self._loads.chunk_bytes
+        for index in self._order:
+            layer = self._layers[index]
+            split = x_tokens = 0
+            if layer.x is not None:
+                split = min(self.splitter.tokens(index, batch, longest), layer.x_limit, longest)
+                x_tokens = room // layer.x.token_bytes
+            self._pieces[index] = pieces(
+                longest, split, max(x_tokens, 1), room // layer.kv.token_bytes, self.splitter.schedule
+            )
+        self._loads.start(self._jobs())
+
+    def _jobs(self) -> Iterator[Load]:
+        for index, cut in self._pieces.items():
+            layer = self._layers[index]
+            for piece in cut:
+                records = layer.kv if piece.kind is Kind.KV else layer.x
+                assert records is not None
+                yield Load(index, piece, _source(records, piece), layer.stored)
+
+    def _stores_for(self, layer: _Layer) -> Stores:
+        need = max(records.token_bytes for records in _records(layer))
+        if self._stores is None or self._stores.chunk_bytes < need:
+            assert self._lanes is not None
+            self._stores = Stores(self._lanes, self._device, max(self.host.chunk_bytes, need))
+        return self._stores
+
+    def _settle(self) -> None:
+        """Waits until the host has all that was stored, and nothing is on its way to the device."""
+        if self._lanes is not None:
+            self._lanes.store.settle()
+            self._lanes.load.settle()
+
+
+def _records(layer: _Layer) -> Iterable[Records]:
+    return (layer.kv,) if layer.x is None else (layer.kv, layer.x)
+
+
+def _room(layer: _Layer, longest: int) -> list[tuple[Records, int]]:
+    """How many tokens each of the layer's records must hold for rows of that length."""
+    room = [(layer.kv, longest)]
+    return room if layer.x is None else [*room, (layer.x, min(longest, layer.x_limit))]
+
+
+def _source(records: Records, piece: Piece) -> Callable[[], list[Tensor]]:
+    return lambda: records.parts(piece.start, piece.stop)
+
+
+def _what(tokens: int, rows: int, layers: int) -> str:
+    return f"a cache of {rows} x {tokens:,} tokens in {layers} layers"
