@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltakv.cache.rows import Append, Row
+from deltakv.cache import Append, Row
 from deltakv.errors import UnsupportedUseError
 from deltakv.offload.attention import Attention
 from deltakv.offload.codecs import Codec, InputCodec, codec
@@ -49,20 +49,22 @@ class _Layer:
 class HostRows:
     """All rows of a batch, for the layers numbered in `layers`, which run in that order.
 
-    splitter: how much to recompute. make_lanes: the lanes of a device, for tests that delay copies.
+    page_size: as in `cache.PagedKV`; nothing here is in pages, and a slot is a token's number in its row.
+    splitter: how much to recompute. inputs: by layer, what the caller has of X until it calls `store`.
+    make_lanes: the lanes of a device, for tests that delay copies.
     """
-
-    page_size = 1  # tokens lie side by side; a slot is a token's number in its row
 
     def __init__(
         self,
         layers: Sequence[int],
+        page_size: int,
         host: Host,
         splitter: Splitter,
         make_lanes: Callable[[torch.device], Lanes] | None = None,
     ) -> None:
-        self.host, self.splitter = host, splitter
+        self.page_size, self.host, self.splitter = page_size, host, splitter
         self.rows: list[Row] = []
+        self.inputs: dict[int, tuple[Tensor, Tensor]] = {}
         self._order = tuple(layers)
         self._make_lanes = make_lanes or (lambda device: lanes_of(device, overlap=host.overlap))
         self._memory: HostMemory | None = None
@@ -98,6 +100,7 @@ class HostRows:
         self._ensure(max(lengths))
         slots = [list(range(old, new)) for old, new in zip(past, lengths, strict=True)]
         self._append = Append(past, lengths, slots)
+        self.inputs.clear()
         self._start_loads(max(past))
         return self._append
 

@@ -190,7 +190,7 @@ def best_split(
         raise ConfigError(f"batch={batch} and length={length} must be at least 1")
     plain = predict(shape, rates, batch, length, 0, schedule, column)
     if shape.alpha >= shape.kappa:
-        return Split(length, 0, plain, plain, _too_wide(shape))
+        return Split(length, 0, plain, plain, too_wide(shape))
     candidates = {0, length}  # the least maximum of lines lies where two of them cross, or at an end
     for (at, slope), (other_at, other_slope) in itertools.combinations(
         _lines(shape, rates, batch, length, schedule, column), 2
@@ -204,7 +204,8 @@ def best_split(
     return Split(length, tokens, parts, plain, reason)
 
 
-def _too_wide(shape: LayerShape) -> str:
+def too_wide(shape: LayerShape) -> str:
+    """Why a layer whose X is no smaller than its K and V moves all K and V."""
     why = "grouped-query attention" if 2 * shape.kv_width <= shape.hidden else "a quantised cache"
     return (
         f"{why}: K and V of a token are {shape.kappa:,} bytes and X is {shape.alpha:,}, so sending X instead "

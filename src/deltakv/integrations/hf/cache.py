@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindowLayer
 
-from deltakv.cache import PagedKV
+from deltakv.cache import PagedKV, RowStore
+from deltakv.cache.pool import KVPool
 from deltakv.errors import UnsupportedUseError
 from deltakv.integrations.hf.decoding import Decoding
 from deltakv.integrations.hf.padding import Columns
@@ -22,11 +23,13 @@ from deltakv.ops import store_kv
 class State:
     """What the layers of one cache share. Apart from the cache, so that no reference cycle keeps its memory alive.
 
+    kv: the rows. pool: the memory of their K and V, where it is on the device.
     columns: the committed ones, None before the first forward; while decoding has started, those before it.
     step: the forward under way.
     """
 
-    kv: PagedKV
+    kv: RowStore
+    pool: KVPool
     decoding: Decoding
     columns: Columns | None = None
     step: Step | None = None
@@ -64,20 +67,24 @@ class PagedLayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Stores K and V, [batch, n_kv_heads, width, head_dim], at the step's slots."""
-        step = self._state.step
-        if step is None:
-            raise UnsupportedUseError(
-                "this cache belongs to deltakv, and no method is applied to the model; use it inside "
-                "`with deltakv.apply(model, method)`, or start anew without past_key_values"
-            )
+        step = self.check_in_use()
         key_states, value_states = as_autocast(key_states), as_autocast(value_states)
-        k_pool, v_pool = self._state.kv.pool.ensure_layer(self.index, key_states)
+        k_pool, v_pool = self._state.pool.ensure_layer(self.index, key_states)
         k = key_states.detach().transpose(1, 2).flatten(0, 1)
         v = value_states.detach().transpose(1, 2).flatten(0, 1)
         if isinstance(step, Chunk) and step.stored is not None:
             k, v = k[step.on(k.device, "stored")], v[step.on(k.device, "stored")]
         store_kv(k_pool, v_pool, k, v, step.on(k.device, "pages"), step.on(k.device, "offsets"))
         return key_states, value_states
+
+    def check_in_use(self) -> Step:
+        """The step under way. Raises `UnsupportedUseError` if there is none."""
+        if self._state.step is None:
+            raise UnsupportedUseError(
+                "this cache belongs to deltakv, and no method is applied to the model; use it inside "
+                "`with deltakv.apply(model, method)`, or start anew without past_key_values"
+            )
+        return self._state.step
 
     def get_seq_length(self) -> int:
         return self._state.seen
@@ -117,16 +124,25 @@ class PagedCache(Cache):
     page_size: tokens a page. max_length: the length rows are expected to reach, in tokens, if known.
     static: its tensors keep their places and shapes while rows decode, up to `max_length`, so that `generate`
         compiles the forward and captures it; only for models whose layers have no window.
+    rows: where the rows are, if not in a pool of pages.
     Lengths that transformers asks for (`get_seq_length`, `crop`) count columns, padding included, as it expects.
     """
 
+    layer_type: ClassVar[type[PagedLayer]] = PagedLayer
+
     def __init__(
-        self, windows: Sequence[int | None], page_size: int, max_length: int | None = None, *, static: bool = False
+        self,
+        windows: Sequence[int | None],
+        page_size: int,
+        max_length: int | None = None,
+        *,
+        static: bool = False,
+        rows: RowStore | None = None,
     ) -> None:
         kv = PagedKV(len(windows), page_size)
-        self.state = State(kv, Decoding(kv, static))
+        self.state = State(kv if rows is None else rows, kv.pool, Decoding(kv, static))
         layers = [
-            PagedLayer(self.state, index) if window is None else WindowedLayer(sliding_window=window)
+            self.layer_type(self.state, index) if window is None else WindowedLayer(sliding_window=window)
             for index, window in enumerate(windows)
         ]
         super().__init__(layers=layers)
@@ -134,11 +150,11 @@ class PagedCache(Cache):
         self._before: list[dict[str, Any]] = []
         self._ended: Tensor | None = None
         if max_length is not None:
-            kv.reserve(max_length)
+            self.state.kv.reserve(max_length)
 
     @property
-    def kv(self) -> PagedKV:
-        """The rows and their pool."""
+    def kv(self) -> RowStore:
+        """The rows: a `PagedKV` with its pool, unless they are somewhere else (`HostCache`)."""
         self.settle()
         return self.state.kv
 
