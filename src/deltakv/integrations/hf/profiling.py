@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM
 
-from deltakv.integrations.hf.recompute import recompute_of
+from deltakv.errors import UnsupportedUseError
+from deltakv.integrations.hf.recompute import recompute_of, why_not
 from deltakv.integrations.hf.shapes import layer_shape
 from deltakv.offload.profile import Profile, profile_path
 from deltakv.offload.profiler import machine_name, measure
@@ -29,6 +32,23 @@ def measure_model(model: Any, **sizes: Any) -> Profile:
     config, shape = model.config, layer_shape(model.config, model.dtype)
     recompute, rest = recompute_of(model, 0), _decode_step(model)
     return measure(shape, model.dtype, model.device, config.num_attention_heads, recompute, rest, **sizes)
+
+
+def one_layer(config: Any, dtype: torch.dtype, device: str) -> Any:
+    """A model of that config with one layer and random weights, to measure. Raises `UnsupportedUseError` for one whose
+    K and V are never recomputed."""
+    config = copy.deepcopy(config)
+    config.num_hidden_layers = 1
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:1]
+    config.vocab_size = min(config.vocab_size, 1024)
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        setattr(config, name, None)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    if obstacle := why_not(model):
+        raise UnsupportedUseError(f"rates cannot be measured: {obstacle}")
+    return model
 
 
 def _decode_step(model: Any) -> Callable[[int], object]:

@@ -26,3 +26,14 @@ def layer_shape(config: Any, dtype: torch.dtype, bits: int = 16) -> LayerShape:
         x_bytes=InputCodec(config.hidden_size, dtype).record,
         kv_bytes=codec(kv_heads, head_dim, dtype, bits).record,
     )
+
+
+def layer_weights(config: Any, dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes of a layer's weights: those that make K and V, and all others; biases and norms among them."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        layer = AutoModelForCausalLM.from_config(config).get_decoder().layers[0]
+    shape = layer_shape(config, dtype)
+    first = 2 * shape.hidden * shape.kv_width
+    return first * dtype.itemsize, (sum(weight.numel() for weight in layer.parameters()) - first) * dtype.itemsize
