@@ -10,7 +10,19 @@ import torch
 import deltakv
 from deltakv.integrations.hf import offload as setup
 from deltakv.offload import attention, memory
-from hf.harness import assert_close, assert_same_generation, decode, failing_layer, greedy, left_padded, ragged, tokens
+from deltakv.offload.planner import FixedShare
+from deltakv.offload.scheduler import Schedule
+from hf.harness import (
+    assert_close,
+    assert_same_generation,
+    decode,
+    failing_layer,
+    greedy,
+    left_padded,
+    positions,
+    ragged,
+    tokens,
+)
 from hf.test_turns import next_turn
 from offload.delays import late_lanes
 
@@ -126,6 +138,28 @@ def test_plain_calls_of_a_ragged_batch(model_of: Any, timing: str, kind: str) ->
     with on_host(model, recompute=0.4):
         ours, _ = decode(model, batch, continuation)
     assert_close(ours, stock)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+@pytest.mark.parametrize("kind", ["opt", "qwen3"])
+def test_several_tokens_right_behind_a_ragged_prompt(model_of: Any, timing: str, kind: str, share: float) -> None:
+    """The host puts these in their places itself, where what is still on its way must not come after them."""
+    model, prompt, new = model_of(kind), ragged(30, 12, 21), tokens(24, seed=5).view(3, 8)
+    mask = torch.cat([prompt["attention_mask"], torch.ones(3, 8, dtype=torch.long)], dim=1)
+    where = positions(mask)
+
+    def talk() -> Any:
+        cache = model(**prompt, position_ids=where[:, :30], use_cache=True).past_key_values
+        logits = [model(new, attention_mask=mask, position_ids=where[:, 30:], past_key_values=cache).logits]
+        more = torch.cat([mask, mask[:, -1:]], dim=1)
+        last = positions(more)[:, -1:]
+        logits.append(model(new[:, :1], attention_mask=more, position_ids=last, past_key_values=cache).logits)
+        return torch.cat(logits, dim=1)
+
+    with torch.no_grad():
+        stock = talk()
+        with on_host(model, recompute=share):
+            assert_close(talk(), stock)
 
 
 def test_going_back(model_of: Any, timing: str) -> None:
@@ -252,6 +286,23 @@ def test_a_forward_that_failed_is_forgotten(model_of: Any, timing: str) -> None:
         ours = model(row[:, 50:], past_key_values=cache).logits
     with torch.no_grad():
         assert_close(ours, model(row).logits[:, 50:])
+
+
+def test_another_schedule_for_the_same_cache(model_of: Any) -> None:
+    """A benchmark's variants share what lies in host memory, and X no further than it was kept."""
+    model, row = model_of("opt"), tokens(60)[None]
+    with torch.no_grad(), on_host(model, recompute=0.5) as handle:
+        expected = model(row, use_cache=False).logits[:, -1]
+        cache = handle.new_cache(max_length=60)
+        model(row[:, :59], past_key_values=cache)
+        for share, schedule in ((0.0, "serial"), (0.3, "serial"), (0.3, "pipelined"), (0.9, "pipelined")):
+            rows = cache.host_rows
+            rows.change(host(overlap=False, schedule=schedule), FixedShare(share, Schedule(schedule)))
+            assert_close(model(row[:, 59:], past_key_values=cache).logits[:, -1], expected)
+            assert recomputed(handle) == min(int(share * 59), 30)
+            cache.crop(-1)
+        with pytest.raises(deltakv.ConfigError, match="use a new cache"):
+            rows.change(host(bits=8), rows.splitter)
 
 
 def test_statistics_count_as_on_the_device(model_of: Any) -> None:

@@ -118,7 +118,7 @@ class TestFailures:
         model, row = model_of("llama_mha"), tokens(70)[None]
         failing = FailingLane(10**9)
 
-        def make(_: torch.device) -> Lanes:
+        def make(_: torch.device, overlap: bool) -> Lanes:
             lanes = {"load": InstantLane(), "store": InstantLane(), "compute": InstantLane(), lane: failing}
             return Lanes(**lanes)
 

@@ -101,7 +101,7 @@ class Lanes:
     compute: Lane
 
 
-def lanes_of(device: torch.device, *, overlap: bool = True) -> Lanes:
+def lanes_of(device: torch.device, overlap: bool = True) -> Lanes:
     """The lanes of a device. overlap: copies have lanes of their own; else they queue up with the model's work."""
     if device.type != "cuda":
         lane = InstantLane()

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from deltakv.errors import OffloadError
+from deltakv.offload.layer import Recompute
 from deltakv.offload.memory import available_bytes, gibibytes
 from deltakv.offload.profile import Profile, Timing
-from deltakv.offload.rows import Recompute
 from deltakv.offload.scheduler import LayerShape
 from deltakv.ops import partial_attention
 

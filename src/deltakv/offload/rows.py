@@ -6,44 +6,23 @@ chunk; `commit` makes it count. A step that fails half way is never committed, a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from deltakv.cache import Append, Row
-from deltakv.errors import UnsupportedUseError
+from deltakv.errors import ConfigError, UnsupportedUseError
 from deltakv.offload.attention import Attention
-from deltakv.offload.codecs import Codec, InputCodec, codec
+from deltakv.offload.codecs import InputCodec, codec
 from deltakv.offload.config import Host
 from deltakv.offload.lanes import Lanes, lanes_of
+from deltakv.offload.layer import NO_LIMIT, HostLayer, Recompute
 from deltakv.offload.loads import Load, Loads
 from deltakv.offload.memory import HostMemory, Records
-from deltakv.offload.pieces import Kind, Piece, pieces
+from deltakv.offload.pieces import Piece, pieces
 from deltakv.offload.planner import Splitter
 from deltakv.offload.stores import Places, Stores
-
-#: From X, [tokens, rows, hidden] (any strides, tokens and rows can be one dimension), and positions, int64 [tokens,
-#: rows], to K as it is stored (with its norm and RoPE) and V: [tokens, rows, kv_heads, head_dim].
-Recompute = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-
-#: No row is that long.
-_NO_LIMIT = 1 << 60
-
-
-@dataclass
-class _Layer:
-    """What a layer has in host memory. x_limit: of how many first tokens X is kept. stored: the mark behind which all
-    of it is there."""
-
-    codec: Codec
-    kv: Records
-    inputs: InputCodec | None
-    x: Records | None
-    x_limit: int
-    stored: Any = None
 
 
 class HostRows:
@@ -60,15 +39,15 @@ class HostRows:
         page_size: int,
         host: Host,
         splitter: Splitter,
-        make_lanes: Callable[[torch.device], Lanes] | None = None,
+        make_lanes: Callable[[torch.device, bool], Lanes] = lanes_of,
     ) -> None:
         self.page_size, self.host, self.splitter = page_size, host, splitter
         self.rows: list[Row] = []
         self.inputs: dict[int, tuple[Tensor, Tensor]] = {}
         self._order = tuple(layers)
-        self._make_lanes = make_lanes or (lambda device: lanes_of(device, overlap=host.overlap))
+        self._make_lanes = make_lanes
         self._memory: HostMemory | None = None
-        self._layers: dict[int, _Layer] = {}
+        self._layers: dict[int, HostLayer] = {}
         self._pieces: dict[int, tuple[Piece, ...]] = {}
         self._append = Append([], [], [])
         self._ahead = 0
@@ -84,6 +63,17 @@ class HostRows:
         for index, layer in self._layers.items():
             if layer.x is not None and longest <= layer.x_limit:  # X is still kept of every token
                 layer.x_limit = max(layer.x_limit, self.splitter.most(index, len(self.rows), self._ahead))
+
+    def change(self, host: Host, splitter: Splitter) -> None:
+        """From the next step on another schedule, another share (as far as X is kept), other chunks. Raises
+        `ConfigError` if what lies in host memory would have to change."""
+        if (host.bits, host.pinned) != (self.host.bits, self.host.pinned):
+            raise ConfigError("bits and pinned belong to what is stored already; use a new cache")
+        self._settle()
+        self.host, self.splitter = host, splitter
+        self._loads = self._stores = None
+        if self._lanes is not None:
+            self._lanes = self._make_lanes(self._device, host.overlap)
 
     def keeps_inputs(self, layer: int) -> bool:
         """Whether `store` wants X of the step under way."""
@@ -115,14 +105,7 @@ class HostRows:
             self._make_layer(layer, k, None if inputs is None else inputs[0])
         known, counts = self._layers[layer], real.sum(1).tolist()
         places = Places(self._append.past, counts, real.byte().argmax(1).tolist())
-        stores = self._stores_for(known)
-        k, v = k.detach().permute(2, 0, 1, 3), v.detach().permute(2, 0, 1, 3)
-        stores.write(known.kv, places, _NO_LIMIT, lambda index: known.codec.encode(k[index], v[index]))
-        if known.x is not None:
-            assert known.inputs is not None and inputs is not None, "keeps_inputs() has asked for X"
-            codec, x = known.inputs, inputs[0].detach().transpose(0, 1)
-            positions = inputs[1].expand(len(self.rows), -1).T
-            stores.write(known.x, places, known.x_limit, lambda index: codec.encode(x[index], positions[index]))
+        known.write(self._stores_for(known), places, k.detach(), v.detach(), inputs)
         assert self._lanes is not None
         known.stored = self._lanes.store.mark()
 
@@ -148,11 +131,7 @@ class HostRows:
         for piece in self._pieces.get(layer, ()):
             assert self._loads is not None
             records = self._loads.take(layer, piece)
-            if piece.kind is Kind.KV:
-                attention.over(*known.codec.decode(records), piece.start)
-            else:
-                assert known.inputs is not None and recompute is not None, "X is kept where it can be used"
-                attention.over(*recompute(*known.inputs.decode(records)), piece.start)
+            attention.over(*known.keys_and_values(piece.kind, records, recompute), piece.start)
             self._loads.release()
         return attention.result(sinks)
 
@@ -172,9 +151,7 @@ class HostRows:
             self._settle()
             tokens = max((self.rows[index].length for index in indices), default=0)
             for layer in self._layers.values():
-                layer.kv = layer.kv.rearranged(indices, tokens)
-                if layer.x is not None:
-                    layer.x = layer.x.rearranged(indices, min(tokens, layer.x_limit))
+                layer.rearrange(indices, tokens)
         self.rows = [Row([], self.rows[index].length) for index in indices]
 
     def unshare(self) -> None:
@@ -184,7 +161,7 @@ class HostRows:
         """Forgets all rows, and gives their memory back."""
         self._settle()
         for layer in self._layers.values():
-            for records in _records(layer):
+            for records in layer.records():
                 records.release()
         self._layers, self._pieces, self.rows = {}, {}, []
         self._append = Append([], [], [])
@@ -196,13 +173,7 @@ class HostRows:
     @property
     def nbytes(self) -> int:
         """Bytes of the tokens that rows hold, over all layers, X included."""
-        return sum(
-            min(row.length, limit) * records.record
-            for layer in self._layers.values()
-            for records, limit in ((layer.kv, _NO_LIMIT), (layer.x, layer.x_limit))
-            if records is not None
-            for row in self.rows
-        )
+        return sum(layer.nbytes(row.length) for layer in self._layers.values() for row in self.rows)
 
     @property
     def host_bytes(self) -> int:
@@ -218,13 +189,13 @@ class HostRows:
     def _x_limit(self, layer: int) -> int:
         """How many first tokens of a row may be recomputed, as far as its length is known."""
         if not self._ahead:
-            return _NO_LIMIT if self.splitter.most(layer, max(len(self.rows), 1), 1 << 20) else 0
+            return NO_LIMIT if self.splitter.most(layer, max(len(self.rows), 1), 1 << 20) else 0
         return self.splitter.most(layer, max(len(self.rows), 1), self._ahead)
 
     def _make_layer(self, index: int, k: Tensor, x: Tensor | None) -> None:
         """Finds out from its first K what a layer stores, and takes memory for the step under way."""
         if self._lanes is None:
-            self._device, self._lanes = k.device, self._make_lanes(k.device)
+            self._device, self._lanes = k.device, self._make_lanes(k.device, self.host.overlap)
             pinned = self.host.pinned and k.device.type == "cuda"
             self._memory = HostMemory(pinned=pinned, limit=self.host.limit_bytes)
         if k.device != self._device:
@@ -236,21 +207,21 @@ class HostRows:
         kept = codec(k.shape[1], k.shape[3], k.dtype, self.host.bits)
         inputs = InputCodec(x.shape[-1], x.dtype) if x is not None else None
         rows, limit = len(self.rows), self._x_limit(index) if inputs is not None else 0
-        layer = _Layer(
+        layer = HostLayer(
             kept, Records(self._memory, rows, kept.record), inputs,
             None if inputs is None else Records(self._memory, rows, inputs.record), limit,
         )  # fmt: skip
         longest = max(self._append.lengths)
         if not self._layers:  # before any layer takes memory, all must be known to find some
-            need = sum(records.missing(tokens) for records, tokens in _room(layer, longest))
+            need = sum(records.missing(tokens) for records, tokens in layer.room(longest))
             self._memory.check(need * len(self._order), _what(longest, rows, len(self._order)))
-        for records, tokens in _room(layer, longest):
+        for records, tokens in layer.room(longest):
             records.ensure(tokens)
         self._layers[index] = layer
 
     def _ensure(self, longest: int) -> None:
         """Room in all known layers for rows of that length, or none is taken."""
-        wanted = [room for layer in self._layers.values() for room in _room(layer, longest)]
+        wanted = [room for layer in self._layers.values() for room in layer.room(longest)]
         need = sum(records.missing(tokens) for records, tokens in wanted)
         if need:
             assert self._memory is not None
@@ -264,7 +235,7 @@ class HostRows:
         if not longest or not self._layers:
             return
         batch = len(self.rows)
-        need = max(records.token_bytes for layer in self._layers.values() for records in _records(layer))
+        need = max(records.token_bytes for layer in self._layers.values() for records in layer.records())
         if self._loads is None or self._loads.chunk_bytes < need:
             assert self._lanes is not None
             self._loads = Loads(self._lanes, self._device, self.host.chunks, max(self.host.chunk_bytes, need))
@@ -284,12 +255,10 @@ class HostRows:
         for index, cut in self._pieces.items():
             layer = self._layers[index]
             for piece in cut:
-                records = layer.kv if piece.kind is Kind.KV else layer.x
-                assert records is not None
-                yield Load(index, piece, _source(records, piece), layer.stored)
+                yield Load(index, piece, layer.source(piece), layer.stored)
 
-    def _stores_for(self, layer: _Layer) -> Stores:
-        need = max(records.token_bytes for records in _records(layer))
+    def _stores_for(self, layer: HostLayer) -> Stores:
+        need = max(records.token_bytes for records in layer.records())
         if self._stores is None or self._stores.chunk_bytes < need:
             assert self._lanes is not None
             self._stores = Stores(self._lanes, self._device, max(self.host.chunk_bytes, need))
@@ -300,20 +269,6 @@ class HostRows:
         if self._lanes is not None:
             self._lanes.store.settle()
             self._lanes.load.settle()
-
-
-def _records(layer: _Layer) -> Iterable[Records]:
-    return (layer.kv,) if layer.x is None else (layer.kv, layer.x)
-
-
-def _room(layer: _Layer, longest: int) -> list[tuple[Records, int]]:
-    """How many tokens each of the layer's records must hold for rows of that length."""
-    room = [(layer.kv, longest)]
-    return room if layer.x is None else [*room, (layer.x, min(longest, layer.x_limit))]
-
-
-def _source(records: Records, piece: Piece) -> Callable[[], list[Tensor]]:
-    return lambda: records.parts(piece.start, piece.stop)
 
 
 def _what(tokens: int, rows: int, layers: int) -> str:

@@ -17,7 +17,7 @@ from deltakv.integrations.hf.host_cache import HostCache
 from deltakv.integrations.hf.positions import Positions
 from deltakv.integrations.hf.step import Chunk, Pick, Step
 from deltakv.methods import Selector, SoftmaxStats
-from deltakv.offload.rows import Recompute
+from deltakv.offload.layer import Recompute
 from deltakv.ops import decode_attention, decode_attention_stats, prefill_attention, row_kv
 from deltakv.plan import Role
 

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from deltakv.integrations.hf.cache import PagedCache, PagedLayer, as_autocast
 from deltakv.integrations.hf.step import Chunk
-from deltakv.offload.rows import HostRows, Recompute
+from deltakv.offload.layer import Recompute
+from deltakv.offload.rows import HostRows
 
 
-class HostLayer(PagedLayer):
+class HostCacheLayer(PagedLayer):
     """One layer's view of the cache. `update` sends the new K, V and X to the host and gives back K and V."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
@@ -38,7 +39,7 @@ class HostCache(PagedCache):
     Its forwards are laid out on the host, which says what crosses the bus; so they are never compiled in one piece.
     """
 
-    layer_type: ClassVar[type[PagedLayer]] = HostLayer
+    layer_type: ClassVar[type[PagedLayer]] = HostCacheLayer
 
     def __init__(self, windows: Sequence[int | None], rows: HostRows, max_length: int | None = None) -> None:
         super().__init__(windows, rows.page_size, max_length, rows=rows)

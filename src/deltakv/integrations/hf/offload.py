@@ -14,9 +14,10 @@ from deltakv.integrations.hf.profiling import known_or_measured
 from deltakv.integrations.hf.recompute import attention_modules, capture, recompute_of, why_not
 from deltakv.integrations.hf.shapes import layer_shape
 from deltakv.offload.config import Host
+from deltakv.offload.layer import Recompute
 from deltakv.offload.planner import FixedShare, Planner, Splitter
 from deltakv.offload.profile import Profile
-from deltakv.offload.rows import HostRows, Recompute
+from deltakv.offload.rows import HostRows
 from deltakv.offload.scheduler import LayerShape, Rates, Schedule, too_wide
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from deltakv.errors import UnsupportedUseError
 from deltakv.integrations.hf.host_cache import HostCache
-from deltakv.offload.rows import Recompute
+from deltakv.offload.layer import Recompute
 
 #: Model types whose projections, biases, K-norm and RoPE are repeated here, and tested.
 RECOMPUTABLE = ("llama", "mistral", "opt", "phi3", "qwen2", "qwen3")
