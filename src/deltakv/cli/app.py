@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from deltakv.cli.bench import bench
 from deltakv.cli.compare import compare
 from deltakv.cli.generate import generate
 from deltakv.cli.inspect import inspect
@@ -21,6 +22,7 @@ app = typer.Typer(
 )
 for _command in (generate, compare, inspect, plan):
     app.command(no_args_is_help=False)(_command)
+app.add_typer(bench, name="bench")
 
 
 def _version(wanted: bool) -> None:

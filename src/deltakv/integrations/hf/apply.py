@@ -20,8 +20,8 @@ from deltakv.config import Method
 from deltakv.errors import ConfigError, UnsupportedUseError
 from deltakv.integrations.hf.attention import PagedAttention
 from deltakv.integrations.hf.cache import PagedCache
+from deltakv.integrations.hf.checks import check_cache
 from deltakv.integrations.hf.generation import Generation
-from deltakv.integrations.hf.host_cache import HostCache
 from deltakv.integrations.hf.offload import Offload, host_config
 from deltakv.integrations.hf.positions import Positions, Trace
 from deltakv.integrations.hf.stats import Meter, Statistics
@@ -297,18 +297,4 @@ class Handle:
             self.stats.kv_reader = lambda: kv_bytes
 
     def _check_cache(self, cache: Any) -> None:
-        if not isinstance(cache, PagedCache):
-            raise UnsupportedUseError(
-                f"past_key_values is a {type(cache).__name__}, but deltakv needs its own paged cache; "
-                "leave it out, pass handle.new_cache(), or a cache that an earlier call returned"
-            )
-        if isinstance(cache, HostCache) != (self.offload is not None):
-            raise UnsupportedUseError(
-                f"the cache keeps K and V {'in host memory' if self.offload is None else 'on the device'}, and "
-                f"kv_device={'device' if self.offload is None else 'host'!r} was applied; use handle.new_cache()"
-            )
-        if cache.page_size != self.method.page_size or cache.windows != self._windows:
-            raise UnsupportedUseError(
-                f"the cache has pages of {cache.page_size} tokens and {len(cache.windows)} layers, but this method "
-                f"needs pages of {self.method.page_size} and {len(self._windows)} layers; use handle.new_cache()"
-            )
+        check_cache(cache, self._windows, self.method.page_size, in_host=self.offload is not None)
