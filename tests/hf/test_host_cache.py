@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import deltakv
 from deltakv.integrations.hf import offload as setup
 from deltakv.offload import attention, memory
 from deltakv.offload.planner import FixedShare
+from deltakv.offload.profile import Timing
 from deltakv.offload.scheduler import Schedule
 from hf.harness import (
     assert_close,
@@ -25,6 +27,7 @@ from hf.harness import (
 )
 from hf.test_turns import next_turn
 from offload.delays import late_lanes
+from offload.made_up import SHAPE, profile
 
 #: What KVPR is for, and biases, K-norm and a joint projection with fewer KV heads, where recomputing must be forced.
 RECOMPUTED = ("opt", "llama_mha", "qwen2", "qwen3", "phi3")
@@ -286,6 +289,22 @@ def test_a_forward_that_failed_is_forgotten(model_of: Any, timing: str) -> None:
         ours = model(row[:, 50:], past_key_values=cache).logits
     with torch.no_grad():
         assert_close(ours, model(row).logits[:, 50:])
+
+
+def test_the_scheduler_decides(model_of: Any, timing: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With rates from a file, as on a machine with a bus: its share, and the same logits."""
+    monkeypatch.setattr(setup, "has_bus", lambda device: True)
+    file = tmp_path / "profile.json"
+    profile(recompute=tuple(Timing(n, n * SHAPE.phi / 4e10) for n in (1, 1000))).save(file)
+    model, batch = model_of("opt"), ragged(45, 18)
+    stock = greedy(model, batch, 12)
+    with on_host(model, profile=file) as handle:
+        ours = greedy(model, batch, 12)
+        assert not handle.offload.reason
+        assert 10 < recomputed(handle) < 55
+    assert_same_generation(ours, stock)
+    with deltakv.apply(model_of("qwen2"), deltakv.Full(), kv_device=host(profile=file)) as handle:
+        assert "grouped-query" in handle.offload.reason, "nothing needs to be measured"
 
 
 def test_another_schedule_for_the_same_cache(model_of: Any) -> None:

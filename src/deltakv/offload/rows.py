@@ -90,7 +90,7 @@ class HostRows:
         self._ensure(max(lengths))
         slots = [list(range(old, new)) for old, new in zip(past, lengths, strict=True)]
         self._append = Append(past, lengths, slots)
-        self.inputs.clear()
+        self.inputs.clear()  # what a forward that failed has left
         self._start_loads(max(past))
         return self._append
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from deltakv.config import Full, Method
 from deltakv.errors import ConfigError, UnsupportedUseError
 from deltakv.integrations.hf.host_cache import HostCache
@@ -75,7 +77,7 @@ class Offload:
             return FixedShare(share, schedule), "" if share else "recompute=0 was asked for"
         if not obstacle and self.shape.alpha >= self.shape.kappa:
             obstacle = too_wide(self.shape)
-        if not obstacle and model.device.type == "cpu":
+        if not obstacle and not has_bus(model.device):
             obstacle = "the model runs on the CPU: host and device are one memory, and there is no bus to relieve"
         if obstacle:
             return FixedShare(0.0, schedule), obstacle
@@ -85,6 +87,11 @@ class Offload:
             return profile.rates(shape, batch, length, host.chunk_bytes, pinned=host.pinned)
 
         return Planner([self.shape] * model.config.num_hidden_layers, rates, schedule), ""
+
+
+def has_bus(device: torch.device) -> bool:
+    """Whether there is anything to cross between host and device."""
+    return device.type != "cpu"
 
 
 def _profile(model: Any, host: Host) -> Profile:
