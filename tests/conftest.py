@@ -77,6 +77,8 @@ def _config(kind: str) -> Any:
     }
     if kind == "llama":
         return hf.LlamaConfig(**gqa, head_dim=16)
+    if kind == "llama_mha":  # Llama 2: as many KV heads as query heads
+        return hf.LlamaConfig(**{**gqa, "num_key_value_heads": 4}, head_dim=16)
     if kind == "qwen2":
         return hf.Qwen2Config(**gqa)
     if kind == "qwen3":
@@ -111,7 +113,7 @@ def _config(kind: str) -> Any:
 
 
 #: The kinds that `tiny_model` makes.
-KINDS = ("llama", "qwen2", "qwen3", "mistral", "phi3", "opt", "gemma3", "gpt_oss")
+KINDS = ("llama", "qwen2", "qwen3", "mistral", "phi3", "opt", "gemma3", "gpt_oss", "llama_mha")
 
 
 def build_tiny_model(kind: str, seed: int = 0) -> Any:

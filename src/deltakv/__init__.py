@@ -17,10 +17,12 @@ from deltakv.errors import (
     DeltaKVError,
     InputError,
     MaskError,
+    OffloadError,
     PlanError,
     UnsupportedModelError,
     UnsupportedUseError,
 )
+from deltakv.offload.config import Host
 from deltakv.plan import LayerPlan, Role
 from deltakv.version import __version__
 
@@ -33,10 +35,12 @@ __all__ = [
     "DeltaKVError",
     "Full",
     "Handle",
+    "Host",
     "InputError",
     "LayerPlan",
     "MaskError",
     "Method",
+    "OffloadError",
     "PagedCache",
     "PlanError",
     "Role",

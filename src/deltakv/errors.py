@@ -31,3 +31,7 @@ class MaskError(DeltaKVError):
 
 class InputError(DeltaKVError):
     """A file, prompt or option given to the command line cannot be used."""
+
+
+class OffloadError(DeltaKVError):
+    """The KV cache in host memory: no room for it, pinning refused, or a copy that failed."""

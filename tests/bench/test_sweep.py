@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 import deltakv
 from deltakv.bench import sweep as module
 from deltakv.bench.clock import Times
-from deltakv.bench.random_model import make_model
+from deltakv.bench.dims import make_model
 from deltakv.bench.step import Settings
 from deltakv.bench.sweep import sweep, trends
 

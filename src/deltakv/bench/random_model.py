@@ -1,114 +1,14 @@
-"""Models with random weights and caches with random K and V, made where they are needed.
-
-Speed does not depend on what the numbers say, as long as they are no zeros; so any configuration can be measured
-without its weights, at any context without a prefill.
-"""
+"""Caches with random K and V, so that any context can be measured without a prefill."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from deltakv.errors import InputError
 from deltakv.integrations.hf import PagedCache
-from deltakv.integrations.hf.support import model_shape
-
-
-def _rope(theta: float) -> dict[str, Any]:
-    return {"rope_type": "default", "rope_theta": theta}
-
-
-_QWEN2 = {
-    "model_type": "qwen2",
-    "num_hidden_layers": 28,
-    "max_position_embeddings": 131072,
-    "rope_parameters": _rope(1e4),
-}
-
-#: Dimensions by name, as the models' own configurations give them.
-DIMS: dict[str, dict[str, Any]] = {
-    "r1-distill-qwen-1.5b": {
-        **_QWEN2,
-        "hidden_size": 1536,
-        "intermediate_size": 8960,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 2,
-        "vocab_size": 151936,
-        "tie_word_embeddings": False,
-    },
-    "r1-distill-qwen-7b": {
-        **_QWEN2,
-        "hidden_size": 3584,
-        "intermediate_size": 18944,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-        "vocab_size": 152064,
-        "tie_word_embeddings": False,
-    },
-    "llama-3.1-8b": {
-        "model_type": "llama",
-        "num_hidden_layers": 32,
-        "max_position_embeddings": 131072,
-        "rope_parameters": _rope(5e5),
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "vocab_size": 128256,
-        "tie_word_embeddings": False,
-    },
-    "qwen3-8b": {
-        "model_type": "qwen3",
-        "num_hidden_layers": 36,
-        "max_position_embeddings": 40960,
-        "rope_parameters": _rope(1e6),
-        "hidden_size": 4096,
-        "intermediate_size": 12288,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "vocab_size": 151936,
-        "tie_word_embeddings": False,
-    },
-}
-
-
-def find_config(name: str) -> Any:
-    """A text model's config by a name in `DIMS`, a JSON file of one, or whatever `--model` takes elsewhere.
-
-    Raises `InputError` or `UnsupportedModelError`.
-    """
-    from transformers import AutoConfig
-
-    from deltakv import loading
-
-    if name in DIMS:
-        config = AutoConfig.for_model(**DIMS[name])
-    elif name.endswith(".json"):
-        if not Path(name).is_file():
-            raise InputError(f"the config {name} does not exist")
-        config = AutoConfig.from_pretrained(name)
-    else:
-        try:
-            config = loading.load_config(loading.locate(name))
-        except InputError as error:
-            raise InputError(f"{error}; or one of the dimensions {', '.join(DIMS)}") from None
-    config = config.get_text_config()
-    model_shape(config)
-    return config
-
-
-def make_model(config: Any, dtype: torch.dtype, device: torch.device) -> Any:
-    """A model of that config with random weights, in eval mode."""
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    with torch.device(device):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
 
 
 def fill_paged(cache: PagedCache, model: Any, lengths: Sequence[int]) -> None:
@@ -122,7 +22,7 @@ def fill_paged(cache: PagedCache, model: Any, lengths: Sequence[int]) -> None:
     columns = torch.arange(width)
     cache.begin(len(lengths), width, columns >= width - torch.tensor(lengths)[:, None])
     like = torch.empty((heads, 1, dim), dtype=model.dtype, device=model.device)
-    pool = cache.state.kv.pool
+    pool = cache.state.pool
     for index, window in enumerate(cache.windows):
         if window is not None:
             raise InputError("random K and V need a model whose layers have no sliding window")

@@ -1,5 +1,5 @@
 """The paged KV pool, block tables, and the rows that live in them."""
 
-from deltakv.cache.rows import Append, PagedKV
+from deltakv.cache.rows import Append, PagedKV, Row, RowStore
 
-__all__ = ["Append", "PagedKV"]
+__all__ = ["Append", "PagedKV", "Row", "RowStore"]

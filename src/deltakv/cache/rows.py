@@ -8,6 +8,7 @@ committed, and the next `begin` starts from where the last one that succeeded en
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -38,6 +39,24 @@ class Append:
     past: list[int]
     lengths: list[int]
     slots: list[list[int]]
+
+
+class RowStore(Protocol):
+    """Where the rows of a batch are: a pool of pages, or host memory. Its methods: see `PagedKV`."""
+
+    page_size: int
+    rows: list[Row]
+
+    def reserve(self, tokens: int) -> None: ...
+    def begin(self, counts: list[int]) -> Append: ...
+    def commit(self, lengths: list[int]) -> None: ...
+    def truncate(self, lengths: list[int]) -> None: ...
+    def rearrange(self, indices: list[int]) -> None: ...
+    def unshare(self) -> None: ...
+    def clear(self) -> None: ...
+    def block_table(self, tokens: int | None = None) -> Tensor: ...
+    @property
+    def nbytes(self) -> int: ...
 
 
 class PagedKV:

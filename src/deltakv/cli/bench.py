@@ -21,8 +21,8 @@ Model = Annotated[
     typer.Option(
         "--model",
         "-m",
-        help="Whose dimensions: a name (r1-distill-qwen-7b, r1-distill-qwen-1.5b, llama-3.1-8b, qwen3-8b), a "
-        "config.json, or what --model is elsewhere. Weights are random.",
+        help="Whose dimensions: a name (r1-distill-qwen-7b, r1-distill-qwen-1.5b, llama-3.1-8b, qwen3-8b, llama-2-7b, "
+        "opt-6.7b, opt-13b, tiny), a config.json, or what --model is elsewhere. Weights are random.",
     ),
 ]
 Methods = Annotated[

@@ -44,7 +44,7 @@ class Job:
 
         import torch
 
-        from deltakv.bench.random_model import find_config
+        from deltakv.bench.dims import find_config
         from deltakv.integrations.hf.support import model_shape
         from deltakv.loading.model import DTYPES, find_device
 
@@ -76,9 +76,9 @@ class Job:
 
     def extend_positions(self, length: int) -> None:
         """Lets the model, whose weights are random anyway, reach `length` tokens."""
-        limit = getattr(self.config, "max_position_embeddings", None)
-        if limit is not None and limit < length:
-            self.config.max_position_embeddings = length
+        from deltakv.bench.dims import resized
+
+        self.config = resized(self.config, length)
 
     def measure_bandwidth(self) -> None:
         from deltakv.bench.clock import copy_bandwidth
@@ -88,7 +88,7 @@ class Job:
     @contextmanager
     def work(self, what: str, count: int) -> Iterator[tuple[Any, Callable[[str], None]]]:
         """Makes the model and shows progress. Gives the model, and what to tell what is begun."""
-        from deltakv.bench.random_model import make_model
+        from deltakv.bench.dims import make_model
 
         self.measure_bandwidth()
         with options.status("making the model"):

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from deltakv.cli import options
 from deltakv.cli.checks import check_methods
 from deltakv.errors import InputError
+
+if TYPE_CHECKING:
+    from deltakv.offload.config import Host
 
 ROLE_NAMES = {"F": "FULL", "S": "SELECT (Δ)", "R": "REUSE", "window": "sliding window"}
 
@@ -20,28 +25,43 @@ def plan(
     batch: Annotated[int, typer.Option(min=1, help="Rows that decode together.")] = 1,
     json_file: options.Json = None,
     dtype: options.Dtype = "auto",
+    offload: Annotated[bool, typer.Option("--offload", help="K and V in host memory: what is recomputed.")] = False,
+    schedule: Annotated[str, typer.Option(help="With --offload: pipelined, or serial (the paper's).")] = "pipelined",
+    bits: Annotated[int, typer.Option(help="With --offload: of K and V in host memory, 16, 8 or 4.")] = 16,
+    chunk_mib: Annotated[float, typer.Option(help="With --offload: MiB of a chunk on the device.")] = 32,
+    batches: Annotated[
+        int, typer.Option(min=1, help="With --offload: batches that share weights from host memory; 1 keeps them on.")
+    ] = 1,
+    profile: Annotated[Path | None, typer.Option(help="With --offload: measured rates, as JSON.")] = None,
+    device: options.Device = "auto",
+    plot: Annotated[Path | None, typer.Option(help="With --offload: draw the timeline.")] = None,
 ) -> None:
     """Shows a model's layers, their roles, the bytes a decode step reads and the predicted saving.
 
     [bold]Example:[/bold] deltakv plan --method delta:budget=1024 --context 4000,8000 --batch 8
 
+    With --offload: which share of K and V to recompute, and what crosses the bus when (rates are measured once).
     Only the model's config is loaded.
     """
+    options.check_picture(plot, (".png", ".svg", ".pdf"))
+    options.check_output(json_file, plot)
+    if offload:
+        from deltakv.offload.config import Host
+
+        host = Host(schedule=schedule, bits=bits, chunk_mib=chunk_mib, profile=profile)
+        _offload(model, host, options.numbers("--context", context), batch, batches, dtype, device, json_file, plot)
+        return
+    if plot is not None or profile is not None:
+        raise InputError("--plot and --profile belong to --offload; add it, or leave them out")
     chosen = options.parse_method(method)
-    options.check_output(json_file)
     lengths = options.numbers("--context", context)
 
     from deltakv.bench.floors import step_cost
     from deltakv.bench.provenance import provenance
     from deltakv.integrations.hf.support import model_shape
-    from deltakv.loading import check_length
     from deltakv.report.tables import plan_table, print_table
 
-    def check(config: Any) -> None:
-        for length in lengths:
-            check_length(length, config, f"--context {length}")
-
-    config = check_methods(model, [chosen], check)
+    config = check_methods(model, [chosen], _within_limit(lengths))
     shape = model_shape(config)
     kind = _dtype(dtype, config)
     cost = step_cost(config, shape.windows, chosen, kind)
@@ -92,6 +112,34 @@ def plan(
             "results": results,
         },
     )
+
+
+def _offload(
+    model: str,
+    host: Host,
+    lengths: list[int],
+    batch: int,
+    batches: int,
+    dtype: str,
+    device: str,
+    json_file: Path | None,
+    plot: Path | None,
+) -> None:
+    from deltakv.cli.plan_offload import plan_offload
+
+    config = check_methods(model, [], _within_limit(lengths))
+    plan_offload(model, config, _dtype(dtype, config), host, lengths, batch, batches, device, json_file, plot)
+
+
+def _within_limit(lengths: list[int]) -> Callable[[Any], None]:
+    """A check that the model's positions reach that far."""
+    from deltakv.loading import check_length
+
+    def check(config: Any) -> None:
+        for length in lengths:
+            check_length(length, config, f"--context {length}")
+
+    return check
 
 
 def _dtype(name: str, config: Any) -> Any:

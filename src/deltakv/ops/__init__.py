@@ -7,6 +7,7 @@ positions of the same sequence. Every op gives a row the same result whatever ro
 from deltakv.ops.chunk_attention import chunk_attention, chunk_logits
 from deltakv.ops.decode_attention import decode_attention, decode_attention_stats
 from deltakv.ops.page_scores import page_scores
+from deltakv.ops.partial_attention import merge, partial_attention
 from deltakv.ops.prefill_attention import prefill_attention, row_kv
 from deltakv.ops.select_pages import select_pages
 from deltakv.ops.store_kv import store_kv
@@ -16,7 +17,9 @@ __all__ = [
     "chunk_logits",
     "decode_attention",
     "decode_attention_stats",
+    "merge",
     "page_scores",
+    "partial_attention",
     "prefill_attention",
     "row_kv",
     "select_pages",

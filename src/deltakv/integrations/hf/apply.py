@@ -20,13 +20,16 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from deltakv.config import Method
 from deltakv.errors import ConfigError, UnsupportedUseError
 from deltakv.integrations.hf.attention import PagedAttention
-from deltakv.integrations.hf.cache import PagedCache, check_cache
+from deltakv.integrations.hf.cache import PagedCache
+from deltakv.integrations.hf.checks import check_cache
 from deltakv.integrations.hf.generation import Generation
+from deltakv.integrations.hf.offload import Offload, host_config
 from deltakv.integrations.hf.positions import Positions, Trace
 from deltakv.integrations.hf.stats import Statistics
 from deltakv.integrations.hf.step import Chunk
 from deltakv.integrations.hf.support import model_shape, unwrap
 from deltakv.methods import selector
+from deltakv.offload.config import Host
 from deltakv.ops import native
 from deltakv.plan import LayerPlan
 
@@ -35,25 +38,28 @@ _numbers = itertools.count(1)
 _applied: weakref.WeakKeyDictionary[PreTrainedModel, weakref.ref[Handle]] = weakref.WeakKeyDictionary()
 
 
-def apply(model: nn.Module, method: Method) -> Handle:
+def apply(model: nn.Module, method: Method, *, kv_device: str | Host = "device") -> Handle:
     """Runs `model` with `method` until the handle is removed. Works as a context manager or without `with`.
 
     model: a stock transformers causal LM, also inside PEFT or `torch.compile`. method: `Delta(...)`, `Full()`, ...
-    Raises `UnsupportedModelError`, `PlanError` or `ConfigError` before anything is changed.
+    kv_device: where K and V are: on the model's "device"; or in "host" memory, with `Full()`, for a cache that does not
+        fit the device (KVPR, arXiv 2411.17089); `Host(...)` says how.
+    Raises `UnsupportedModelError`, `UnsupportedUseError`, `PlanError` or `ConfigError` before anything is changed.
     """
     if not isinstance(method, Method):
         raise ConfigError(f"{method!r} is not a method; give deltakv.Delta(...), deltakv.Full() or another config")
-    return Handle(unwrap(model), method)
+    return Handle(unwrap(model), method, host_config(kv_device))
 
 
 class Handle:
     """A method at work in a model.
 
-    model, method: what was applied. plan: the resolved plan; planned_layers: the model's layers that it covers.
+    model, method: what was applied. offload: how K and V are kept in host memory, or None.
+    plan: the resolved plan; planned_layers: the model's layers that it covers.
     stats: counts since `apply`.
     """
 
-    def __init__(self, model: PreTrainedModel, method: Method) -> None:
+    def __init__(self, model: PreTrainedModel, method: Method, host: Host | None = None) -> None:
         shape = model_shape(model.config)
         other = _applied[model]() if model in _applied else None
         if other is not None:
@@ -74,11 +80,15 @@ class Handle:
         self.stats = Statistics(self.plan)
         self._name = f"{_PREFIX}{next(_numbers)}"
         self._windows = shape.windows
-        self._check_cache = partial(check_cache, page_size=method.page_size, windows=shape.windows)
+        self._check_cache = partial(
+            check_cache, windows=shape.windows, page_size=method.page_size, in_host=host is not None
+        )
         self._selector = selector(method)
         self._cache: weakref.ref[PagedCache] | None = None
+        self.offload = None if host is None else Offload(model, method, host, self.planned_layers)
+        recompute = {} if self.offload is None else self.offload.recompute
         roles = dict(zip(self.planned_layers, self.plan.roles, strict=True))
-        self._attention = PagedAttention(roles, self._selector, model.config._attn_implementation)
+        self._attention = PagedAttention(roles, self._selector, model.config._attn_implementation, recompute)
         self._undo = contextlib.ExitStack()
         if any(parameter.device.type == "cpu" for parameter in model.parameters()):
             native.library()  # compiled now, or the first token would wait for it
@@ -100,7 +110,10 @@ class Handle:
         window cannot, and get an ordinary cache.
         """
         static = static and not any(self._windows)
-        cache = PagedCache(self._windows, self.method.page_size, max_length, static=static)
+        if self.offload is not None:
+            cache: PagedCache = self.offload.new_cache(self._windows, self.method.page_size, max_length)
+        else:
+            cache = PagedCache(self._windows, self.method.page_size, max_length, static=static)
         if croppable:
             cache.activate_past_recording()
         return cache
@@ -142,6 +155,8 @@ class Handle:
         Gives the logits that decoding these tokens one at a time would give. picks, recall: what to record in the
         trace. Positions count in `stats` as decode steps do.
         """
+        if self.offload is not None:
+            raise UnsupportedUseError("evaluation mode reads K and V on the device; apply without kv_device='host'")
         if self._attention.positions is not None:
             raise UnsupportedUseError("evaluation mode is already on; leave its `with` block first")
         self._attention.positions = Positions(self._selector, self.method.page_size, picks=picks, recall=recall)
@@ -185,6 +200,8 @@ class Handle:
         undo.callback(inner.register_forward_pre_hook(self._before, with_kwargs=True).remove)
         undo.callback(inner.register_forward_hook(self._after, always_call=True).remove)
 
+        if self.offload is not None:
+            self.offload.install(model, undo)
         for method, override in Generation(model, self.new_cache, self._check_cache, self.announce).overrides().items():
             self._override(undo, method, override)
         # `generate` keeps a compiled call on the model; one made under another attention must not outlive it.

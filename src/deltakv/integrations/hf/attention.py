@@ -13,10 +13,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from deltakv.errors import UnsupportedUseError
 from deltakv.integrations.hf.cache import PagedCache
+from deltakv.integrations.hf.host_cache import HostCache
 from deltakv.integrations.hf.layers import as_autocast
 from deltakv.integrations.hf.positions import Positions
 from deltakv.integrations.hf.step import Chunk, Pick, Step
 from deltakv.methods import Selector, SoftmaxStats
+from deltakv.offload.layer import Recompute
 from deltakv.ops import decode_attention, decode_attention_stats, prefill_attention, row_kv
 from deltakv.plan import Role
 
@@ -40,12 +42,16 @@ class PagedAttention:
 
     roles: the role of each planned layer, by its index in the model.
     original: the name of the attention implementation that the model had.
+    recompute: by layer, how K and V are made from its input again; for a cache in host memory.
     """
 
-    def __init__(self, roles: dict[int, Role], selector: Selector, original: str) -> None:
+    def __init__(
+        self, roles: dict[int, Role], selector: Selector, original: str, recompute: dict[int, Recompute]
+    ) -> None:
         self.roles = roles
         self.selector = selector
         self.original = original
+        self.recompute = recompute
         self._thread = threading.local()
         self.positions: Positions | None = None
 
@@ -86,7 +92,9 @@ class PagedAttention:
         sinks = kwargs.get("s_aux")
         with torch.no_grad():
             query, key, value = (as_autocast(x) for x in (query, key, value))
-            if self.positions is not None and isinstance(step, Chunk) and step.onto_past:
+            if isinstance(self.cache, HostCache):
+                out = self.cache.attend(layer, query, key, value, scale, sinks, self.recompute.get(layer))
+            elif self.positions is not None and isinstance(step, Chunk) and step.onto_past:
                 out = self._evaluate(step, layer, role, query, scale, sinks)
             elif isinstance(step, Chunk) and not step.decode:
                 out = self._prefill(step, layer, query, key, value, scale, sinks)
@@ -125,7 +133,7 @@ class PagedAttention:
     def _decode(self, step: Step, layer: int, role: Role, query: Tensor, scale: float, sinks: Tensor | None) -> Tensor:
         """One token a row: query and result [batch, n_heads, head_dim]."""
         assert self.cache is not None
-        k_pool, v_pool = self.cache.state.kv.pool.layer(layer)
+        k_pool, v_pool = self.cache.state.pool.layer(layer)
         if role is Role.REUSE:
             assert step.pick is not None, "a plan has a SELECT layer before any REUSE layer"
             table, lens = step.pick.on(query.device)
@@ -158,7 +166,7 @@ class PagedAttention:
     ) -> Tensor:
         """Several tokens a row, with full attention in every role: [batch, width, n_heads, head_dim]."""
         assert self.cache is not None
-        k_pool, v_pool = self.cache.state.kv.pool.layer(layer)
+        k_pool, v_pool = self.cache.state.pool.layer(layer)
         table, past, real = step.block_table, step.past_lens, step.real
         return prefill_attention(query, key, value, k_pool, v_pool, table, past, real, scale, sinks)
 
@@ -168,7 +176,7 @@ class PagedAttention:
     ) -> Tensor:
         """Several tokens a row, each as if decoded alone: [batch, width, n_heads, head_dim]."""
         assert self.cache is not None and self.positions is not None
-        k_pool, v_pool = self.cache.state.kv.pool.layer(layer)
+        k_pool, v_pool = self.cache.state.pool.layer(layer)
         query = query.transpose(1, 2)
         out = torch.zeros_like(query, memory_format=torch.contiguous_format)
         for row, tokens in enumerate(step.append.lengths):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from deltakv.cache import PagedKV
+from deltakv.cache import PagedKV, RowStore
 from deltakv.errors import UnsupportedUseError
 from deltakv.integrations.hf.decoding import Decoding
 from deltakv.integrations.hf.layers import PagedLayer, State, WindowedLayer
@@ -24,27 +24,36 @@ class PagedCache(Cache):
     page_size: tokens a page. max_length: the length rows are expected to reach, in tokens, if known.
     static: its tensors keep their places and shapes while rows decode, up to `max_length`, so that `generate`
         compiles the forward and captures it; only for models whose layers have no window.
+    rows: where the rows are, if not in a pool of pages.
     Lengths that transformers asks for (`get_seq_length`, `crop`) count columns, padding included, as it expects.
     """
 
+    layer_type: ClassVar[type[PagedLayer]] = PagedLayer
+
     def __init__(
-        self, windows: Sequence[int | None], page_size: int, max_length: int | None = None, *, static: bool = False
+        self,
+        windows: Sequence[int | None],
+        page_size: int,
+        max_length: int | None = None,
+        *,
+        static: bool = False,
+        rows: RowStore | None = None,
     ) -> None:
         kv = PagedKV(len(windows), page_size)
-        self.state = State(kv, Decoding(kv, static))
+        self.state = State(kv if rows is None else rows, kv.pool, Decoding(kv, static))
         layers = [
-            PagedLayer(self.state, index) if window is None else WindowedLayer(sliding_window=window)
+            self.layer_type(self.state, index) if window is None else WindowedLayer(sliding_window=window)
             for index, window in enumerate(windows)
         ]
         super().__init__(layers=layers)
         self.windows = tuple(windows)
         self._before: list[dict[str, Any]] = []
         if max_length is not None:
-            kv.reserve(max_length)
+            self.state.kv.reserve(max_length)
 
     @property
-    def kv(self) -> PagedKV:
-        """The rows and their pool."""
+    def kv(self) -> RowStore:
+        """The rows: a `PagedKV` with its pool, unless they are somewhere else (`HostCache`)."""
         self.settle()
         return self.state.kv
 
@@ -231,17 +240,3 @@ class PagedCache(Cache):
 
     def _windowed(self) -> list[WindowedLayer]:
         return [layer for layer in self.layers if isinstance(layer, WindowedLayer)]
-
-
-def check_cache(cache: Any, page_size: int, windows: Sequence[int | None]) -> None:
-    """Raises `UnsupportedUseError` for a cache that is not deltakv's, or was made for another method or model."""
-    if not isinstance(cache, PagedCache):
-        raise UnsupportedUseError(
-            f"past_key_values is a {type(cache).__name__}, but deltakv needs its own paged cache; "
-            "leave it out, pass handle.new_cache(), or a cache that an earlier call returned"
-        )
-    if cache.page_size != page_size or cache.windows != tuple(windows):
-        raise UnsupportedUseError(
-            f"the cache has pages of {cache.page_size} tokens and {len(cache.windows)} layers, but this method "
-            f"needs pages of {page_size} and {len(windows)} layers; use handle.new_cache()"
-        )

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 
-from deltakv.cache import PagedKV
+from deltakv.cache import RowStore
+from deltakv.cache.pool import KVPool
 from deltakv.errors import UnsupportedUseError
 from deltakv.integrations.hf.decoding import Decoding
 from deltakv.integrations.hf.padding import Columns
@@ -21,11 +22,13 @@ from deltakv.ops import store_kv
 class State:
     """What the layers of one cache share. Apart from the cache, so that no reference cycle keeps its memory alive.
 
+    kv: the rows. pool: the memory of their K and V, where it is on the device.
     columns: the committed ones, None before the first forward; while decoding has started, those before it.
     step: the forward under way.
     """
 
-    kv: PagedKV
+    kv: RowStore
+    pool: KVPool
     decoding: Decoding
     columns: Columns | None = None
     step: Step | None = None
@@ -63,20 +66,24 @@ class PagedLayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Stores K and V, [batch, n_kv_heads, width, head_dim], at the step's slots."""
-        step = self._state.step
-        if step is None:
-            raise UnsupportedUseError(
-                "this cache belongs to deltakv, and no method is applied to the model; use it inside "
-                "`with deltakv.apply(model, method)`, or start anew without past_key_values"
-            )
+        step = self.check_in_use()
         key_states, value_states = as_autocast(key_states), as_autocast(value_states)
-        k_pool, v_pool = self._state.kv.pool.ensure_layer(self.index, key_states)
+        k_pool, v_pool = self._state.pool.ensure_layer(self.index, key_states)
         k = key_states.detach().transpose(1, 2).flatten(0, 1)
         v = value_states.detach().transpose(1, 2).flatten(0, 1)
         if isinstance(step, Chunk) and step.stored is not None:
             k, v = k[step.on(k.device, "stored")], v[step.on(k.device, "stored")]
         store_kv(k_pool, v_pool, k, v, step.on(k.device, "pages"), step.on(k.device, "offsets"))
         return key_states, value_states
+
+    def check_in_use(self) -> Step:
+        """The step under way. Raises `UnsupportedUseError` if there is none."""
+        if self._state.step is None:
+            raise UnsupportedUseError(
+                "this cache belongs to deltakv, and no method is applied to the model; use it inside "
+                "`with deltakv.apply(model, method)`, or start anew without past_key_values"
+            )
+        return self._state.step
 
     def get_seq_length(self) -> int:
         return self._state.seen

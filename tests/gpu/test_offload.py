@@ -1,0 +1,142 @@
+"""K and V in host memory on a real GPU: streams that run late, page-locked memory, and memory that stays flat."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import deltakv
+from deltakv.offload import lanes
+
+pytestmark = pytest.mark.gpu
+
+KINDS = ("opt", "llama_mha", "qwen2", "qwen3", "phi3")
+SMALL: dict[str, Any] = {"chunk_mib": 16 / 1024, "chunks": 3}
+
+
+@pytest.fixture(autouse=True)
+def exact_products() -> Any:
+    """fp32 products in fp32: TF32 would hide a wrong result behind its rounding."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@pytest.fixture(params=["as it comes", "late copies"])
+def timing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Copies behind a sleep on their own stream: whoever does not wait for them reads what was there before."""
+    if request.param == "late copies":
+        copy = lanes.StreamLane.copy
+
+        def late(self: Any, target: Tensor, source: Tensor) -> None:
+            if self._own is not None:
+                with torch.cuda.stream(self._own):
+                    torch.cuda._sleep(500_000)
+            copy(self, target, source)
+
+        monkeypatch.setattr(lanes.StreamLane, "copy", late)
+    return request.param
+
+
+def batch_of(*lengths: int) -> dict[str, Tensor]:
+    generator, width = torch.Generator().manual_seed(0), max(lengths)
+    mask = torch.arange(width) >= width - torch.tensor(lengths)[:, None]
+    ids = torch.randint(3, 128, (len(lengths), width), generator=generator) * mask
+    return {"input_ids": ids.cuda(), "attention_mask": mask.long().cuda()}
+
+
+def greedy(model: Any, batch: dict[str, Tensor], count: int) -> tuple[Tensor, Tensor]:
+    model.generation_config.eos_token_id = None
+    out = model.generate(
+        **batch, max_new_tokens=count, do_sample=False, return_dict_in_generate=True, output_logits=True, pad_token_id=0
+    )
+    return out.sequences.cpu(), torch.stack(out.logits).float().cpu()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"recompute": 0.6}, {"recompute": 0.6, "schedule": "serial"}, {"recompute": 0.6, "overlap": False},
+        {"recompute": 0}, {"recompute": 1.0, "pinned": False},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_generation_equals_stock(tiny_model: Any, timing: str, kind: str, options: dict[str, Any]) -> None:
+    model, batch = tiny_model(kind).cuda(), batch_of(120, 43, 77)
+    tokens, logits = greedy(model, batch, 20)
+    with deltakv.apply(model, deltakv.Full(), kv_device=deltakv.Host(**SMALL, **options)):
+        ours_tokens, ours_logits = greedy(model, batch, 20)
+    torch.testing.assert_close(ours_logits, logits, atol=1e-4, rtol=0)
+    assert torch.equal(ours_tokens, tokens)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_sixteen_bits_are_no_further_from_the_truth(tiny_model: Any, kind: str, dtype: torch.dtype) -> None:
+    """At most 1.5x the error of the on-device cache, over the same teacher-forced tokens."""
+    model, row = tiny_model(kind).cuda().to(dtype), batch_of(300)["input_ids"]
+
+    def logits(where: Any) -> Tensor:
+        with torch.no_grad(), deltakv.apply(model, deltakv.Full(), kv_device=where):
+            cache = model(row[:, :260]).past_key_values
+            return torch.cat([model(row[:, i : i + 1], past_key_values=cache).logits[:, -1] for i in range(260, 300)])
+
+    found = [logits(where).float() for where in ("device", deltakv.Host(**SMALL, recompute=0.6))]
+    with torch.no_grad():
+        exact = model.float()(row).logits[0, 260:]
+    device, host = ((one - exact).square().mean().sqrt() for one in found)
+    assert 0 < host <= 1.5 * device
+
+
+def test_the_scheduler_measures_once(tiny_model: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("DELTAKV_CACHE", str(tmp_path))
+    model, batch = tiny_model("opt").cuda(), batch_of(60, 30)
+    stock = greedy(model, batch, 8)
+    for _ in range(2):
+        with deltakv.apply(model, deltakv.Full(), kv_device="host") as handle:
+            assert torch.equal(greedy(model, batch, 8)[0], stock[0])
+            assert not handle.offload.reason
+    assert len(list((tmp_path / "offload").iterdir())) == 1
+
+
+def test_host_memory_is_page_locked(tiny_model: Any) -> None:
+    model = tiny_model("opt").cuda()
+    with torch.no_grad(), deltakv.apply(model, deltakv.Full(), kv_device=deltakv.Host(recompute=0.5)):
+        cache = model(batch_of(50)["input_ids"]).past_key_values
+        assert all(part.is_pinned() for part in cache.host_rows._layers[0].kv.parts(0, 50))
+
+
+def test_device_memory_is_flat(tiny_model: Any) -> None:
+    """A decode step takes as much from 250 tokens as from 4,000."""
+    model, peaks = tiny_model("opt").cuda(), []
+    with (
+        torch.no_grad(),
+        deltakv.apply(model, deltakv.Full(), kv_device=deltakv.Host(**SMALL, recompute=0.5)) as handle,
+    ):
+        for length in (250, 4000):
+            cache = handle.new_cache(max_length=length + 2)
+            for chunk in batch_of(length, length)["input_ids"].split(125, dim=1):
+                model(chunk, past_key_values=cache, logits_to_keep=1)
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            model(chunk[:, :1], past_key_values=cache)
+            peaks.append(torch.cuda.max_memory_allocated() - before)
+    assert peaks[1] <= 1.02 * peaks[0] + (1 << 16)
+
+
+def test_host_memory_does_not_grow(tiny_model: Any) -> None:
+    """Mixed requests, one after the other: what torch holds of page-locked memory settles."""
+    model, held = tiny_model("opt").cuda(), []
+    with deltakv.apply(model, deltakv.Full(), kv_device=deltakv.Host(**SMALL, recompute=0.5)):
+        for round_ in range(6):
+            for lengths in ((200, 30), (77,), (500, 400, 300), (10,)):
+                greedy(model, batch_of(*lengths), 6)
+            if round_ >= 1:
+                held.append(torch.cuda.host_memory_stats()["allocated_bytes.current"])
+    assert max(held) <= held[0]
