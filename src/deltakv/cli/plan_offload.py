@@ -75,7 +75,8 @@ def plan_offload(
     for forecast_ in found:
         if forecast_.split.reason:
             print(f"nothing is recomputed at {forecast_.split.length:,} tokens: {forecast_.split.reason}")
-    print(f"\ntwo layers at {lengths[-1]:,} tokens (X: X crosses, =: K and V, R: recomputing, o: the rest of a layer)")
+    aside = "; one batch, weights left out" if batches > 1 else ""
+    print(f"\ntwo layers at {lengths[-1]:,} tokens (X: X crosses, =: K and V, R: recomputing, o: the rest{aside})")
     print(draw(found[-1].timeline, first=min(1, layers - 1)))
     options.write_json(
         json_file,
