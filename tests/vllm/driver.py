@@ -1,6 +1,6 @@
 """A process of its own that runs vLLM engines one after the other, as tests ask: JSON in, JSON out, one line each.
 
-A request: {"engine": arguments of `vllm.LLM`, "runs": [{"prompts": [[token, ...], ...], "sampling": {...}}, ...]}. The
+A request: {"engine": arguments of `vllm.LLM`, "runs": [{"prompts": [[token, ...], ...], "sampling": [{...}, ...]}, ...]}. The
 engine lives for one request. The answer: {"runs": [[{"tokens": [...], "logprobs": [[one a vocabulary entry], ...],
 "cached": prompt tokens that came from the prefix cache}, ...], ...]}, or {"error": "Kind: message"}. Of {"check":
 arguments} the config alone is made and checked; the answer is {"plan": letters}.
@@ -69,11 +69,11 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
         gc.collect()
 
 
-def generate(llm: Any, prompts: list[list[int]], sampling: dict[str, Any]) -> list[dict[str, Any]]:
+def generate(llm: Any, prompts: list[list[int]], sampling: list[dict[str, Any]]) -> list[dict[str, Any]]:
     from vllm import SamplingParams
 
     size = llm.llm_engine.vllm_config.model_config.get_vocab_size()
-    parameters = SamplingParams(temperature=0, detokenize=False, ignore_eos=True, **sampling)
+    parameters = [SamplingParams(temperature=0, detokenize=False, ignore_eos=True, **one) for one in sampling]
     asked = [{"prompt_token_ids": prompt} for prompt in prompts]
     rows = llm.generate(asked, parameters, use_tqdm=False)
     return [

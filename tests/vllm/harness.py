@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,11 @@ def prompt(length: int, seed: int, vocabulary: int = 128) -> list[int]:
     return torch.randint(3, vocabulary, (length,), generator=generator).tolist()
 
 
-def ask(*prompts: list[int], tokens: int = 12, logprobs: bool = True) -> dict[str, Any]:
-    """One run: these prompts together, so many tokens each. logprobs: whether the rows come with them."""
-    return {"prompts": list(prompts), "sampling": {"max_tokens": tokens, "logprobs": -1 if logprobs else None}}
+def ask(*prompts: list[int], tokens: int | Sequence[int] = 12, logprobs: bool = True) -> dict[str, Any]:
+    """One run: these prompts together. tokens: how many each gets, or one number a prompt. logprobs: whether the rows
+    come with them."""
+    counts = [tokens] * len(prompts) if isinstance(tokens, int) else tokens
+    return {
+        "prompts": list(prompts),
+        "sampling": [{"max_tokens": count, "logprobs": -1 if logprobs else None} for count in counts],
+    }

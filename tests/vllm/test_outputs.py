@@ -109,6 +109,16 @@ def test_a_mixed_batch_is_each_row_alone(engines: Driver, tiny: str, sparse_rows
         assert difference(row, alone) < CLOSE
 
 
+def test_a_decode_row_behind_a_prompt(engines: Driver, tiny: str, sparse_rows: list[Row]) -> None:
+    """There is room for two. The first ends early, and the third takes its place at the head of the batch: its prompt
+    is read before the token of the second, whose place among the tokens is then not its place among the rows."""
+    ((_, row, late),) = engines.run(
+        tiny, ask(SHORT, LONG, MIDDLE, tokens=[3, 12, 12]), settings=SPARSE, max_num_seqs=2, max_num_batched_tokens=512
+    )
+    assert difference(row, sparse_rows[0]) < CLOSE
+    assert difference(late, sparse_rows[1]) < CLOSE
+
+
 @pytest.mark.parametrize("budget", [299, 100, 43])
 def test_chunked_prefill_is_unchunked(engines: Driver, tiny: str, sparse_rows: list[Row], budget: int) -> None:
     """299 leaves a last chunk of one token: a prompt's token all the same, so no decode step."""
