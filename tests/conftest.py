@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._device import _device_constructors
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: its own library is compiled on import
@@ -15,6 +16,9 @@ if not torch.cuda.is_available():
 #: Tiny tensors gain nothing from threads, and threads that wait for each other on a busy machine cost ten times the
 #: work. Tests that ask about threads set their own number.
 torch.set_num_threads(1)
+
+#: `with torch.device(...)` notes once which functions make tensors: it must see torch's own, not the poisoned ones.
+_device_constructors()
 
 
 def _poison(tensor: torch.Tensor) -> torch.Tensor:

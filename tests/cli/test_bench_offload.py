@@ -9,11 +9,24 @@ from typing import Any
 import pytest
 from command_line import Run, refused
 
-from deltakv.bench.dims import DIMS, dims
 from deltakv.bench.offload import VARIANTS
+from deltakv.bench.random_model import find_config, make_model
 from deltakv.offload import profiler
 
-TINY = ("bench", "offload", "--dims", "tiny", "--context", "60", "--batch", "3", "--steps", "2", "--chunk-mib", "0.02")
+TINY = (
+    "bench",
+    "offload",
+    "--model",
+    "tiny",
+    "--context",
+    "60",
+    "--batch",
+    "3",
+    "--num-iters",
+    "2",
+    "--chunk-mib",
+    "0.02",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -48,14 +61,13 @@ def test_the_decoded_tokens_are_the_same(monkeypatch: pytest.MonkeyPatch) -> Non
     """What is fast must be right: the variants feed back their own tokens."""
     import torch
 
-    from deltakv.bench.dims import random_model
     from deltakv.bench.offload import OffloadBench
     from deltakv.integrations.hf.profiling import measure_model
     from deltakv.integrations.hf.shapes import layer_shape
     from deltakv.offload.config import Host
 
-    config = dims("tiny", 100)
-    model, seen = random_model(config, torch.float32, "cpu"), []
+    config = find_config("tiny")
+    model, seen = make_model(config, torch.float32, torch.device("cpu")), []
     with torch.no_grad():
         for parameter in model.parameters():  # drawn small, every token would be followed by the same one
             parameter.mul_(8 if parameter.ndim > 1 else 1)
@@ -87,7 +99,7 @@ def test_chosen_variants_and_fewer_layers(run: Run, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("--dims", "gpt-5"), "allowed are opt-6.7b"),
+        (("--model", "./gpt-5"), "one of the dimensions tiny, opt-6.7b"),
         (("--variant", "flexgen"), "unknown variant 'flexgen'"),
         (("--recompute", "most"), "recompute='most'"),
         (("--bits", "2"), "bits=2"),
@@ -101,15 +113,16 @@ def test_refused(run: Run, words: tuple[str, ...], said: str) -> None:
     refused(run(*TINY, *words), said)
 
 
-@pytest.mark.parametrize("name", DIMS)
-def test_dimensions_are_those_of_the_models(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("opt-6.7b", (4096, 32, 4096)), ("opt-13b", (5120, 40, 5120)), ("llama-2-7b", (4096, 32, 4096)),
+        ("qwen2.5-7b", (3584, 28, 512)), ("tiny", (64, 4, 64)),
+    ],
+)  # fmt: skip
+def test_dimensions_are_those_of_the_models(name: str, known: tuple[int, int, int]) -> None:
     """Hidden size, layers and KV width, as their configs on the Hub have them."""
-    known = {
-        "opt-6.7b": (4096, 32, 4096), "opt-13b": (5120, 40, 5120), "llama-2-7b": (4096, 32, 4096),
-        "qwen2.5-7b": (3584, 28, 512), "tiny": (64, 4, 64),
-    }  # fmt: skip
-    config = dims(name, 9000)
+    config = find_config(name)
     kv_heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
     width = kv_heads * config.hidden_size // config.num_attention_heads
-    assert (config.hidden_size, config.num_hidden_layers, width) == known[name]
-    assert config.max_position_embeddings >= 9000
+    assert (config.hidden_size, config.num_hidden_layers, width) == known

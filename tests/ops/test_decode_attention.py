@@ -282,6 +282,15 @@ def test_what_lies_behind_the_table_changes_nothing(op: Op) -> None:
     assert_same_bits(op(*batch.arguments), first, "other entries")
 
 
+@pytest.mark.parametrize("op", RUNNING)
+def test_called_in_inference_mode_first(op: Op) -> None:
+    """Buffers that are kept from call to call can be written in either mode."""
+    batch = make_paged([61, 61], n_heads=6, n_kv=3, head_dim=48, layout=OWN, table="permuted")
+    with torch.inference_mode():
+        first = op(*batch.arguments)
+    assert_same_bits(op(*batch.arguments), first, "without inference mode")
+
+
 def check_bfloat16(op: Op, longest: int, **options: Any) -> None:
     """Error against the exact result: at most 1.5 times that of torch's bf16 attention on the same inputs."""
     each = 4

@@ -22,7 +22,7 @@ app = typer.Typer(
 )
 for _command in (generate, compare, inspect, plan):
     app.command(no_args_is_help=False)(_command)
-app.add_typer(bench, name="bench")
+app.add_typer(bench, name="bench", help="Times decode steps, ops and whole answers, with random weights at any size.")
 
 
 def _version(wanted: bool) -> None:

@@ -1,144 +1,200 @@
-"""`deltakv bench offload`: ways to decode with K and V in host memory, measured beside what was predicted."""
+"""`deltakv bench`: how fast a decode step is, beside full attention at its best and beside the floor."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from deltakv.cli import options
+from deltakv.cli.bench_job import Job
+from deltakv.cli.bench_offload import offload
 from deltakv.errors import InputError
 
-bench = typer.Typer(no_args_is_help=True, help="Benchmarks with random weights: only dimensions matter.")
+bench = typer.Typer(no_args_is_help=True, rich_markup_mode="rich")
 
+DEFAULT_DIMS = "r1-distill-qwen-7b"
+METHODS = ["full", "delta", "stock-static"]
 
-@bench.callback()
-def _bench() -> None:
-    """Benchmarks with random weights: only dimensions matter."""
+Model = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        "-m",
+        help="Whose dimensions: a name (r1-distill-qwen-7b, r1-distill-qwen-1.5b, llama-3.1-8b, qwen3-8b), a "
+        "config.json, or what --model is elsewhere. Weights are random.",
+    ),
+]
+Methods = Annotated[
+    list[str] | None,
+    typer.Option("--method", help=f"{options.METHOD_HELP} Also stock-static. Give it several times."),
+]
+Batch = Annotated[int, typer.Option("--batch-size", "--batch", min=1, help="Rows that decode together.")]
+Context = Annotated[int, typer.Option("--input-len", "--context", min=1, help="Tokens of each row.")]
+Runs = Annotated[int, typer.Option("--num-iters", min=1, help="Timed runs.")]
+Warmup = Annotated[int, typer.Option("--num-iters-warmup", min=0, help="Runs before them that do not count.")]
+Compiled = Annotated[
+    bool | None, typer.Option("--compile/--no-compile", help="Compile the step in one piece (default: on a GPU).")
+]
+Dtype = Annotated[str, typer.Option(help="auto (bf16 on a GPU, fp32 on CPU), float32, bfloat16 or float16.")]
+Output = Annotated[Path | None, typer.Option("--output-json", "--json", help="Write the results to this JSON file.")]
+Plot = Annotated[Path | None, typer.Option(help="Draw this picture (default: beside the JSON, ending in .png).")]
 
 
 @bench.command()
-def offload(
-    dims: Annotated[str, typer.Option(help="opt-6.7b, opt-13b, llama-2-7b, qwen2.5-7b or tiny.")] = "opt-6.7b",
-    layers: Annotated[int | None, typer.Option(min=1, help="Fewer layers, for a smaller machine.")] = None,
-    context: Annotated[int, typer.Option(min=2, help="Tokens of each row's prompt.")] = 2048,
-    batch: Annotated[int, typer.Option(min=1, help="Rows that decode together.")] = 32,
-    steps: Annotated[int, typer.Option(min=1, help="Timed decode steps a variant.")] = 5,
-    variant: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="device, naive, transformers, overlapped, serial or pipelined; several times (default: all)."
-        ),
-    ] = None,
-    recompute: Annotated[str, typer.Option(help="auto, or the share that serial and pipelined recompute.")] = "auto",
-    bits: Annotated[int, typer.Option(help="Of K and V in host memory: 16, 8 or 4.")] = 16,
-    chunk_mib: Annotated[float, typer.Option(help="MiB of a chunk on the device.")] = 32,
-    chunks: Annotated[int, typer.Option(help="Chunks on the device.")] = 8,
-    json_file: options.Json = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw the timelines.")] = None,
-    dtype: Annotated[str, typer.Option(help="auto (fp16, fp32 on a CPU), float32, bfloat16 or float16.")] = "auto",
+def step(
+    model: Model = DEFAULT_DIMS,
+    method: Methods = None,
+    batch_size: Batch = 64,
+    input_len: Context = 16000,
+    spread: Annotated[
+        float, typer.Option(min=1, help="Rows evenly from INPUT_LEN / SPREAD to INPUT_LEN tokens; 1: all alike.")
+    ] = 1.0,
+    num_iters: Runs = 30,
+    num_iters_warmup: Warmup = 10,
+    loop: Annotated[int, typer.Option(min=0, help="Tokens of `generate` to time its loop by; 0: none.")] = 0,
+    profile: Annotated[bool, typer.Option(help="Show the kernels of each step (GPU).")] = False,
+    compiled: Compiled = None,
+    dtype: Dtype = "auto",
     device: options.Device = "auto",
-    threads: options.Threads = None,
+    output_json: Output = None,
+    plot: Plot = None,
 ) -> None:
-    """Measures decode steps with K and V in host memory, and predicts them from rates measured in the same run.
+    """Times one decode step: the model's forward with LM head and argmax, one token a row.
 
-    [bold]Example:[/bold] deltakv bench offload --dims opt-6.7b --context 2048 --batch 32 --json offload.json
+    [bold]Example:[/bold] deltakv bench step --model r1-distill-qwen-7b --batch-size 64 --input-len 16000
     """
-    options.check_picture(plot, (".png", ".svg", ".pdf"))
-    options.check_output(json_file, plot)
-    from deltakv.bench.offload import VARIANTS, OffloadBench, timelines
-    from deltakv.offload.config import Host
+    job = Job(model, method or METHODS, device, dtype, output_json, plot)
+    from deltakv.bench.step import Settings, contender
+    from deltakv.report import bench as report
 
-    wanted = variant or list(VARIANTS)
-    if unknown := [name for name in wanted if name not in VARIANTS]:
-        raise InputError(f"unknown variant {unknown[0]!r}; allowed are {', '.join(VARIANTS)}")
-    base = Host(recompute=_share(recompute), bits=bits, chunk_mib=chunk_mib, chunks=chunks)
-    import torch
-
-    from deltakv.bench.dims import dims as dims_of
-    from deltakv.bench.dims import random_model
-    from deltakv.bench.provenance import provenance
-    from deltakv.integrations.hf.profiling import measure_model
-    from deltakv.integrations.hf.shapes import layer_shape
-    from deltakv.report.tables import plan_table, print_table
-
-    if threads is not None:
-        torch.set_num_threads(threads)
-    config = dims_of(dims, context + steps + 3, layers)
-    where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    kind = _dtype(dtype, where)
-    with options.status(f"making {dims}"):
-        model = random_model(config, kind, where)
-    with options.status("measuring rates"):
-        profile = measure_model(model)
-    shape = layer_shape(config, kind, bits)
-    results = OffloadBench(model, shape, profile, base, batch, context, steps).run(wanted)
-    plain = next((r.seconds for r in results if r.name == "overlapped"), None)
-    rows = [_row(result.numbers(), plain) for result in results]
-    title = (
-        f"{dims}, {config.num_hidden_layers} layers, {str(kind).removeprefix('torch.')}, batch {batch} at {context:,} "
-        f"tokens on {profile.machine}"
-    )
-    if found := [result.forecast.rates for result in results if result.forecast is not None]:
-        title += f"\nbus {found[-1].bus / 1e9:.1f} GB/s, recomputing {found[-1].gemm / 1e12:,.3g} TFLOP/s, measured now"
-    headings = ["variant", "", "ms a step", "vs overlapped", "predicted ms", "off by", "recomputed", "GB/s", "GPU busy"]
-    print_table(plan_table(rows, headings), title)
-    options.write_json(
-        json_file,
-        {
-            **provenance(model),
-            "dims": dims,
-            "layers": config.num_hidden_layers,
-            "context": context,
-            "batch": batch,
-            "recompute": base.recompute,
-            "bits": bits,
-            "chunk_bytes": base.chunk_bytes,
-            "chunks": base.chunks,
-            "measured_on": profile.machine,
-            "results": [result.numbers() for result in results],
-        },
-    )
-    if plot is not None and (drawn := timelines(results)):
-        from deltakv.report.timelines import timeline_plot
-
-        timeline_plot(drawn, f"{title.splitlines()[0]}; the bars are the prediction", plot)
-        options.say(f"plot: {plot}")
+    settings = Settings(num_iters, num_iters_warmup, job.compiled(compiled), loop, profile)
+    least = max(1, round(input_len / spread))
+    lengths = [input_len - (input_len - least) * row // max(1, batch_size - 1) for row in range(batch_size)]
+    job.extend_positions(input_len + settings.room)
+    span = f"{input_len:,}" if least == input_len else f"{least:,} to {input_len:,}"
+    entries = []
+    with job.work("step", len(job.methods)) as (made, advance):
+        for name, chosen in job.methods:
+            advance(name)
+            room = input_len + settings.room
+            with contender(made, name, chosen, batch_size, room, compiled=settings.compiled) as one:
+                entries.append(one.measure(lengths, settings))
+    results = [entry.numbers(job.bandwidth) for entry in entries]
+    title = f"{model}, batch {batch_size}, {span} tokens, {job.dtype_name}, {job.device_name}"
+    job.show(report.step_table(results, job.bandwidth), title)
+    for result in results if profile else []:
+        job.show(report.kernel_table(result), f"kernels of {result['method']}")
+    job.write({"bench": "step", "compiled": settings.compiled, "spread": spread}, results)
+    job.draw(report.step_plot, results, title)
 
 
-def _share(text: str) -> float | str:
-    """What `Host` takes; it refuses what it does not know."""
-    try:
-        return float(text)
-    except ValueError:
-        return text
+@bench.command()
+def op(
+    model: Model = DEFAULT_DIMS,
+    method: options.OneMethod = options.DEFAULT_METHOD,
+    batch_size: Batch = 64,
+    input_len: Context = 16000,
+    num_iters: Runs = 30,
+    num_iters_warmup: Warmup = 10,
+    dtype: Dtype = "auto",
+    device: options.Device = "auto",
+    output_json: Output = None,
+) -> None:
+    """Times the ops of one layer: attention in each role, scoring, picking.
+
+    [bold]Example:[/bold] deltakv bench op --model r1-distill-qwen-7b --batch-size 1 --input-len 131072
+    """
+    job = Job(model, [method], device, dtype, output_json, None)
+    from deltakv.bench.op import Shape, measure_ops
+    from deltakv.bench.random_model import kv_shape
+    from deltakv.config import Delta
+    from deltakv.report import bench as report
+
+    chosen = job.methods[0][1]
+    if not isinstance(chosen, Delta):
+        raise InputError(f"bench op measures the ops of delta, and {method!r} has none of its own")
+    heads, dim = kv_shape(job.config)
+    shape = Shape(batch_size, input_len, job.config.num_attention_heads, heads, dim, job.dtype, job.device)
+    job.measure_bandwidth()
+    with options.status("timing ops"):
+        results = [entry.numbers(job.bandwidth) for entry in measure_ops(shape, chosen, num_iters, num_iters_warmup)]
+    title = f"{model}, one layer, batch {batch_size}, {input_len:,} tokens, {job.dtype_name}, {job.device_name}"
+    job.show(report.op_table(results, job.bandwidth), title)
+    job.write({"bench": "op", "batch": batch_size, "context": input_len, "method": method}, results)
 
 
-def _row(result: dict[str, Any], plain: float | None) -> list[str]:
-    seconds, predicted, found = result["step_seconds"], result["predicted_seconds"], result["forecast"]
-    if seconds is None:
-        return [result["variant"], result["failed"], *[""] * 7]
-    return [
-        result["variant"],
-        found["reason"] if found and result["variant"] in ("serial", "pipelined") else "",
-        f"{seconds * 1e3:,.1f}",
-        f"{plain / seconds:.2f}x" if plain else "",
-        f"{predicted * 1e3:,.1f}" if predicted else "",
-        f"{seconds / predicted - 1:+.0%}" if predicted else "",
-        f"{found['share']:.0%}" if found else "",
-        f"{result['moved_bytes'] / seconds / 1e9:.1f}" if result["moved_bytes"] else "",
-        "" if result["gpu_busy"] is None else f"{result['gpu_busy']:.0%}",
-    ]
+@bench.command()
+def sweep(
+    model: Model = DEFAULT_DIMS,
+    method: Methods = None,
+    batch_size: Annotated[str, typer.Option("--batch-size", "--batch", help="With commas between.")] = "1,8,64",
+    input_len: Annotated[
+        str, typer.Option("--input-len", "--context", help="With commas between.")
+    ] = "1024,2048,4096,8192,16384,32768,65536,131072",
+    num_iters: Runs = 20,
+    num_iters_warmup: Warmup = 5,
+    compiled: Compiled = None,
+    dtype: Dtype = "auto",
+    device: options.Device = "auto",
+    output_json: Output = None,
+    plot: Plot = None,
+) -> None:
+    """Times the decode step over contexts and batches: slopes, and from where on sparse pays.
+
+    [bold]Example:[/bold] deltakv bench sweep --batch-size 8 --method full --method delta:min_context=0
+
+    What does not fit the device's memory is left out.
+    """
+    batches, contexts = options.numbers("--batch-size", batch_size), options.numbers("--input-len", input_len)
+    job = Job(model, method or ["full", "delta"], device, dtype, output_json, plot)
+    from deltakv.bench.step import Settings
+    from deltakv.bench.sweep import sweep as run
+    from deltakv.bench.sweep import trends
+    from deltakv.report import bench as report
+
+    settings = Settings(num_iters, num_iters_warmup, job.compiled(compiled))
+    job.extend_positions(max(contexts) + settings.room)
+    with job.work("sweep", len(job.methods) * len(batches)) as (made, advance):
+        entries = list(run(made, job.methods, contexts, batches, settings, advance))
+    results = [entry.numbers(job.bandwidth) for entry in entries]
+    if not results:
+        raise InputError("nothing fits the device's memory; give a smaller --batch-size or --input-len")
+    title = f"{model}, {job.dtype_name}, {job.device_name}"
+    job.show(report.sweep_table(results), title)
+    found = trends(results)
+    job.show(report.trend_table(found), "")
+    job.write({"bench": "sweep", "compiled": settings.compiled, "trends": found}, results)
+    job.draw(report.sweep_plot, results, title)
 
 
-def _dtype(name: str, device: Any) -> Any:
-    import torch
+@bench.command()
+def generate(
+    model: Model = DEFAULT_DIMS,
+    method: Methods = None,
+    batch_size: Batch = 64,
+    input_len: Annotated[int, typer.Option("--input-len", min=1, help="Tokens of each prompt.")] = 4,
+    output_len: Annotated[int, typer.Option("--output-len", min=1, help="New tokens a row.")] = 16000,
+    dtype: Dtype = "auto",
+    device: options.Device = "auto",
+    output_json: Output = None,
+) -> None:
+    """Times a whole `generate` from short prompts to long answers, its loop included.
 
-    from deltakv.loading.model import DTYPES
+    [bold]Example:[/bold] deltakv bench generate --batch-size 64 --output-len 16000 --method full --method delta
+    """
+    job = Job(model, method or ["full", "delta"], device, dtype, output_json, None)
+    from deltakv.bench.generation import measure_generation
+    from deltakv.report import bench as report
 
-    if name not in DTYPES:
-        raise InputError(f"dtype {name!r} is not one of {', '.join(DTYPES)}")
-    if name == "auto":
-        return torch.float16 if device.type == "cuda" else torch.float32
-    return getattr(torch, name)
+    job.extend_positions(input_len + output_len)
+    with job.work("generate", len(job.methods)) as (made, advance):
+        entries = measure_generation(made, job.methods, batch_size, input_len, output_len, advance)
+        results = [entry.numbers() for entry in entries]
+    title = f"{model}, batch {batch_size}, {input_len:,} to {input_len + output_len:,} tokens, {job.device_name}"
+    job.show(report.generation_table(results), title)
+    job.write({"bench": "generate"}, results)
+
+
+bench.command()(offload)

@@ -61,6 +61,17 @@ def parse_method(text: str, baselines: Sequence[str] = ()) -> Method:
     return parse(text)
 
 
+def numbers(option: str, text: str) -> list[int]:
+    """Whole numbers with commas between, each at least 1. Raises `InputError` that names the option."""
+    try:
+        found = [int(piece.replace("_", "")) for piece in text.split(",") if piece.strip()]
+    except ValueError:
+        found = []
+    if not found or min(found) < 1:
+        raise InputError(f"{option} {text!r} is not a list of whole numbers such as 4000,8000")
+    return found
+
+
 def load(model: str, dtype: str, device: str, threads: int | None) -> Loaded:
     """Loads the model with a line on stderr, for it takes seconds. Raises `DeltaKVError` subclasses."""
     import torch

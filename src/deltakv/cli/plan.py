@@ -49,12 +49,12 @@ def plan(
         from deltakv.offload.config import Host
 
         host = Host(schedule=schedule, bits=bits, chunk_mib=chunk_mib, profile=profile)
-        _offload(model, host, _lengths(context), batch, batches, dtype, device, json_file, plot)
+        _offload(model, host, options.numbers("--context", context), batch, batches, dtype, device, json_file, plot)
         return
     if plot is not None or profile is not None:
         raise InputError("--plot and --profile belong to --offload; add it, or leave them out")
     chosen = options.parse_method(method)
-    lengths = _lengths(context)
+    lengths = options.numbers("--context", context)
 
     from deltakv.bench.floors import step_cost
     from deltakv.bench.provenance import provenance
@@ -140,16 +140,6 @@ def _within_limit(lengths: list[int]) -> Callable[[Any], None]:
             check_length(length, config, f"--context {length}")
 
     return check
-
-
-def _lengths(text: str) -> list[int]:
-    try:
-        lengths = [int(piece.replace("_", "")) for piece in text.split(",") if piece.strip()]
-    except ValueError:
-        lengths = []
-    if not lengths or min(lengths) < 1:
-        raise InputError(f"--context {text!r} is not a list of lengths such as 4000,8000")
-    return lengths
 
 
 def _dtype(name: str, config: Any) -> Any:

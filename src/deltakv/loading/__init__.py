@@ -2,6 +2,7 @@
 
 from deltakv.loading.model import (
     check_length,
+    find_device,
     length_limit,
     load_config,
     load_model,
@@ -10,4 +11,13 @@ from deltakv.loading.model import (
 )
 from deltakv.loading.source import locate
 
-__all__ = ["check_length", "length_limit", "load_config", "load_model", "load_tokenizer", "locate", "quiet"]
+__all__ = [
+    "check_length",
+    "find_device",
+    "length_limit",
+    "load_config",
+    "load_model",
+    "load_tokenizer",
+    "locate",
+    "quiet",
+]

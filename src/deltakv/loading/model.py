@@ -53,6 +53,17 @@ def load_model(path: str, dtype: str = "auto", device: str = "auto") -> Any:
 
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    where = find_device(device)
+    if dtype == "auto" and where.type == "cpu":
+        dtype = "float32"
+    wanted = "auto" if dtype == "auto" else getattr(torch, dtype)
+    return _from_pretrained(AutoModelForCausalLM, path, dtype=wanted).to(where).eval()
+
+
+def find_device(device: str) -> Any:
+    """The torch device; `auto` is a GPU if there is one. Raises `InputError` if it cannot be used."""
+    import torch
+
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -62,10 +73,7 @@ def load_model(path: str, dtype: str = "auto", device: str = "auto") -> Any:
         torch.empty(0, device=where)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"device {device!r} cannot be used: {_one_line(error)}") from None
-    if dtype == "auto" and where.type == "cpu":
-        dtype = "float32"
-    wanted = "auto" if dtype == "auto" else getattr(torch, dtype)
-    return _from_pretrained(AutoModelForCausalLM, path, dtype=wanted).to(where).eval()
+    return where
 
 
 def length_limit(config: Any) -> int | None:

@@ -71,7 +71,7 @@ def _speed_panel(axis: Any, results: Sequence[dict[str, Any]], places: list[int]
     axis.set_xlabel(f"decode speed, ratio to {base['method']}\n(more is better)")
     axis.margins(x=0.35)
     axis.set_xlim(left=0)
-    _plain(axis)
+    plain(axis)
 
 
 def _fidelity_panel(axis: Any, results: Sequence[dict[str, Any]], places: list[int]) -> None:
@@ -88,14 +88,15 @@ def _fidelity_panel(axis: Any, results: Sequence[dict[str, Any]], places: list[i
     axis.set_xscale("log")
     axis.set_xlim(KL_FLOOR / 2, max(10.0, *(result["kl_p99"] * 2 for result in results)))
     axis.set_xlabel("KL from full attention in nats, log scale (less is better)\ndot: mean, tick: 99th percentile")
-    _plain(axis)
+    plain(axis)
 
 
 def _is_dense(result: dict[str, Any]) -> bool:
     return result["method"].startswith(("full", "stock"))
 
 
-def _plain(axis: Any) -> None:
+def plain(axis: Any) -> None:
+    """Takes off what an axis does not need."""
     axis.spines[["top", "right", "left"]].set_visible(False)
     axis.tick_params(length=0)
     axis.grid(axis="x", color="#e5e7eb", linewidth=0.7)

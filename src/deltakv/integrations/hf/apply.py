@@ -7,11 +7,12 @@ import inspect
 import itertools
 import weakref
 from collections.abc import Iterator
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -20,11 +21,11 @@ from deltakv.config import Method
 from deltakv.errors import ConfigError, UnsupportedUseError
 from deltakv.integrations.hf.attention import PagedAttention
 from deltakv.integrations.hf.cache import PagedCache
-from deltakv.integrations.hf.checks import check_cache
+from deltakv.integrations.hf.checks import check_place
 from deltakv.integrations.hf.generation import Generation
 from deltakv.integrations.hf.offload import Offload, host_config
 from deltakv.integrations.hf.positions import Positions, Trace
-from deltakv.integrations.hf.stats import Meter, Statistics
+from deltakv.integrations.hf.stats import Statistics
 from deltakv.integrations.hf.step import Chunk
 from deltakv.integrations.hf.support import model_shape, unwrap
 from deltakv.methods import selector
@@ -77,8 +78,11 @@ class Handle:
         self.planned_layers = shape.planned_layers
         self.plan: LayerPlan = method.layer_plan(len(self.planned_layers))
         self.stats = Statistics(self.plan)
-        self._meter: Meter | None = None
+        self._name = f"{_PREFIX}{next(_numbers)}"
         self._windows = shape.windows
+        self._check_cache = partial(
+            check_place, page_size=method.page_size, windows=shape.windows, in_host=host is not None
+        )
         self._selector = selector(method)
         self._cache: weakref.ref[PagedCache] | None = None
         self.offload = None if host is None else Offload(model, method, host, self.planned_layers)
@@ -114,23 +118,30 @@ class Handle:
             cache.activate_past_recording()
         return cache
 
-    def announce(self, cache: PagedCache) -> bool:
+    def announce(self, cache: PagedCache, finished: Tensor | None = None) -> bool:
         """Makes ready for one forward of one token a row, without a mask; the forward then looks at nothing on the
         host, and can be compiled in one piece (`torch.compile(fullgraph=True)`) and captured.
 
+        finished: bool [batch], rows that only keep their place in the batch: what they are fed is not stored, and
+        attends to nothing. None for no row.
         `generate` and plain calls do this themselves. Returns False, and does nothing, where the host has to lay the
         forward out after all: an empty cache, layers with a window, evaluation mode, recorded picks.
         """
-        if not cache.can_decode or self._attention.positions is not None or self.stats.record_picks:
+        self._check_cache(cache)
+        if not cache.can_decode or self._is_watched:
             return False
-        known = self._meter is not None and self._cache is not None and self._cache() is cache and cache.decoding
-        cache.announce(self.model.device)
-        if not known:
-            self._cache = weakref.ref(cache)
-            books = cache.state.decoding
-            self.stats.kv_reader = books.kv_reader()
-            self._meter = self.stats.meter(len(books.lengths), books.lengths.device, static=books.static)
+        cache.announce(self.model.device, finished)
+        books = cache.state.decoding
+        books.owner = self._name
+        books.meter = self.stats.meter(len(books.lengths), books.lengths.device, static=books.static)
+        self.stats.kv_reader = books.kv_reader()
+        self._cache = weakref.ref(cache)
         return True
+
+    @property
+    def _is_watched(self) -> bool:
+        """Whether somebody wants to see what only forwards show that the host lays out."""
+        return self._attention.positions is not None or self.stats.record_picks
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Handle:
         raise UnsupportedUseError(
@@ -171,7 +182,7 @@ class Handle:
 
     def _install(self, undo: contextlib.ExitStack) -> None:
         """Everything that `remove` undoes, in reverse."""
-        model, name = self.model, f"{_PREFIX}{next(_numbers)}"
+        model, name = self.model, self._name
         _applied[model] = weakref.ref(self)
         undo.callback(_applied.pop, model, None)
 
@@ -236,15 +247,22 @@ class Handle:
         """Before the model's layers. Can be traced if the forward was announced and is what was announced."""
         kwargs = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
         cache, ids = kwargs.get("past_key_values"), kwargs.get("input_ids")
-        expected = isinstance(cache, PagedCache) and cache.announced and kwargs.get("attention_mask") is None
-        if not expected or ids is None or ids.shape[1] != 1:
+        if (
+            not isinstance(cache, PagedCache)
+            or not cache.announced
+            or cache.state.decoding.owner != self._name
+            or kwargs.get("attention_mask") is not None
+            or ids is None
+            or ids.shape != cache.state.decoding.lengths.shape
+            or self._is_watched
+        ):
             kwargs = self._lay_out(kwargs)
             cache = kwargs.get("past_key_values")
         if cache is not None and cache.announced:
             cache.state.step = cache.state.decoding.step()
             self._attention.cache = cache
             if "position_ids" in self._parameters and kwargs.get("position_ids") is None:
-                kwargs["position_ids"] = cache.state.decoding.columns[None]
+                kwargs["position_ids"] = cache.state.decoding.lengths.long()
             # Nobody looks at it; but without one OPT makes one, longer in every step.
             lens = cache.state.step.seq_lens
             kwargs["attention_mask"] = torch.ones_like(lens, dtype=torch.bool)
@@ -260,8 +278,7 @@ class Handle:
             self._close(output is None)
         elif step is not None:
             self._attention.cache = None
-            assert self._meter is not None, "announce() has set it"
-            self._meter.add(step.seq_lens[:, 0], [pick.seq_lens[:, 0] for pick in step.picks])
+            cache.state.decoding.meter.add(step.seq_lens[:, 0], [pick.seq_lens[:, 0] for pick in step.picks])
             cache.commit()
 
     @torch.compiler.disable
@@ -295,6 +312,3 @@ class Handle:
         ):
             kv_bytes = cache.kv_bytes
             self.stats.kv_reader = lambda: kv_bytes
-
-    def _check_cache(self, cache: Any) -> None:
-        check_cache(cache, self._windows, self.method.page_size, in_host=self.offload is not None)

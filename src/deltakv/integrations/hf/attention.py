@@ -12,8 +12,9 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from deltakv.errors import UnsupportedUseError
-from deltakv.integrations.hf.cache import PagedCache, as_autocast
+from deltakv.integrations.hf.cache import PagedCache
 from deltakv.integrations.hf.host_cache import HostCache
+from deltakv.integrations.hf.layers import as_autocast
 from deltakv.integrations.hf.positions import Positions
 from deltakv.integrations.hf.step import Chunk, Pick, Step
 from deltakv.methods import Selector, SoftmaxStats

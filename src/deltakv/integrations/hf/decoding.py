@@ -9,7 +9,7 @@ without one. The host catches up when it needs to know (`PagedCache.settle`).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from deltakv.cache import PagedKV
 from deltakv.integrations.hf.padding import Columns
 from deltakv.integrations.hf.step import Step
 
+if TYPE_CHECKING:
+    from deltakv.integrations.hf.stats import Meter
+
 
 class Decoding:
     """The books of one batch while it decodes.
@@ -25,8 +28,8 @@ class Decoding:
     kv: the rows; their lengths there are those at the start, or more.
     lengths: int32 [rows, 1], tokens of each row. columns: int64 [1], columns so far, padding included.
     block_table: int32 [rows, 1, width], with room for all that the rows may grow to.
-    ended: bool [rows], the row's last token has been made (`end`). finished: bool [rows], it has been stored too; what
-        comes now for the row is padding, and no attention is spent on it.
+    finished: bool [rows], what comes now for the row is padding; nothing is stored, and no attention spent on it.
+    owner: the name of the handle that announced the forward. meter: counts it.
     announced: the host has made room for one more token a row; the next forward takes it.
     unpadded: all columns of all rows are known to hold a token.
     """
@@ -34,33 +37,31 @@ class Decoding:
     lengths: Tensor
     columns: Tensor
     block_table: Tensor
-    ended: Tensor
     finished: Tensor
+    owner: str
+    meter: Meter
 
     def __init__(self, kv: PagedKV, static: bool) -> None:
         self.kv = kv
         self.static = static
-        self.announced = self.started = self.unpadded = False
-        self._first_column = self._steps = self._room = 0
+        self.announced = self.started = self.unpadded = self._all_go_on = False
+        self._first_column = self._steps = self._room = self._bytes_a_page = self._bytes_apart = 0
 
-    def start(self, columns: Columns, device: torch.device, ended: Tensor | None) -> None:
-        """Takes over rows that the host has laid out. columns: theirs. ended: bool [rows], or None for no row."""
+    def start(self, columns: Columns, device: torch.device) -> None:
+        """Takes over rows that the host has laid out. columns: theirs."""
         assert not self.started
         self.kv.begin([1] * len(self.kv.rows))  # a page that rows share becomes each one's own before it is written
         lengths = torch.tensor([[row.length] for row in self.kv.rows], dtype=torch.int32)
-        none = torch.zeros(len(lengths), dtype=torch.bool)
         self._place(device, lengths=lengths, columns=torch.tensor([columns.seen]), block_table=self.kv.block_table())
-        self._place(device, finished=none, ended=none if ended is None else ended)
+        self._place(device, finished=torch.zeros(len(lengths), dtype=torch.bool))
         if self.static:
             mark_static(*filter(lambda tensor: tensor is not None, [*self.kv.pool.k, *self.kv.pool.v]))
         self._first_column, self._steps, self._room = columns.seen, 0, self.kv.room
         self.started, self.announced = True, False
-        self.unpadded = ended is None and bool(columns.real.all())
-
-    def end(self, rows: Tensor) -> None:
-        """The last token of `rows`, bool [rows], has been made; the next forward stores it."""
-        self.ended.logical_or_(rows)
-        self.unpadded = False
+        self.unpadded, self._all_go_on = bool(columns.real.all()), True
+        self._bytes_a_page = self.kv.pool.bytes_a_page()
+        pages = sum(-(-row.length // self.kv.page_size) for row in self.kv.rows)
+        self._bytes_apart = self.kv.nbytes - pages * self._bytes_a_page  # less than none, for pages that rows share
 
     @property
     def seen(self) -> int:
@@ -72,8 +73,17 @@ class Decoding:
         """Tokens that the table has room for."""
         return self.block_table.shape[2] * self.kv.page_size
 
-    def announce(self) -> None:
-        """Makes room for one more token a row. Twice without a forward in between is once."""
+    def announce(self, finished: Tensor | None) -> None:
+        """Makes room for one more token a row. Twice without a forward in between is once.
+
+        finished: as `Decoding.finished` for this forward, or None for no row.
+        """
+        if finished is not None:
+            self.finished.copy_(finished)
+            self.unpadded = self._all_go_on = False
+        elif not self._all_go_on:
+            self.finished.zero_()
+            self._all_go_on = True
         if self.announced:
             return
         if self._steps == self._room:
@@ -97,7 +107,6 @@ class Decoding:
         """The forward came through. Can be traced."""
         self.lengths.add_(~self.finished[:, None])
         self.columns.add_(1)
-        self.finished.copy_(self.ended)  # a row's last token was made before this forward, and stored in it
         self.announced = False
 
     def abort(self) -> None:
@@ -113,10 +122,8 @@ class Decoding:
 
     def kv_reader(self) -> Callable[[], int]:
         """Tells the bytes that hold tokens, then and later, without keeping the pool alive."""
-        size, bytes_a_page = self.kv.page_size, self.kv.pool.bytes_a_page()
-        pages = sum(-(-row.length // size) for row in self.kv.rows)
-        apart, lengths = self.kv.nbytes - pages * bytes_a_page, self.lengths  # apart: less, for pages that rows share
-        return lambda: apart + int((lengths.add(size - 1) // size).sum()) * bytes_a_page
+        lengths, size, each, apart = self.lengths, self.kv.page_size, self._bytes_a_page, self._bytes_apart
+        return lambda: apart + int((lengths.add(size - 1) // size).sum()) * each
 
     def _grow(self) -> None:
         lengths = [row.length + self._steps for row in self.kv.rows]  # or less, where a row has finished

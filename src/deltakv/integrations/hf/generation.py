@@ -19,33 +19,41 @@ from deltakv.integrations.hf.cache import PagedCache
 #: Entry points of transformers' continuous batching, which replaces any custom attention in silence.
 _CONTINUOUS_BATCHING = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
 
-#: Tokens that a static cache's room is a multiple of, at least; longer ones are rounded up by an eighth at most.
+#: Tokens that a static cache's room is a multiple of, at least; longer ones are rounded up by a sixteenth at most.
 _LEAST_ROOM = 256
 
 
 def bucket(tokens: int) -> int:
     """The room that a static cache for `tokens` tokens a row gets: few different ones, because each is compiled for."""
-    step = max(_LEAST_ROOM, (1 << (tokens - 1).bit_length()) // 8)
+    step = max(_LEAST_ROOM, (1 << (tokens - 1).bit_length()) // 32)
     return -(-tokens // step) * step
 
 
-class _Watched(StoppingCriteriaList):
-    """Stopping criteria that tell the cache which rows have ended, without a look at the answer."""
+class _Criteria(StoppingCriteriaList):
+    """The stopping criteria of one `generate` whose rows grow by one token at each step, and in no other way. They
+    remember which rows have ended, without a look at the answer, and live as long as that `generate`.
 
-    def __init__(self, criteria: StoppingCriteriaList, cache: PagedCache) -> None:
+    finished: bool [rows], those whose last token has been fed, so that padding is what comes now; None for no row.
+    """
+
+    def __init__(self, criteria: StoppingCriteriaList) -> None:
         super().__init__(criteria)
-        self._cache = cache
+        # Without an end token `generate` goes on with rows that have ended until all have, and returns what they say.
+        self._pads = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
+        self.finished: Tensor | None = None
+        self._ended: Tensor | None = None  # their last token has been made; the next forward is fed it
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
         done = super().__call__(input_ids, scores, **kwargs)
-        self._cache.end(done)
+        if self._pads:
+            self.finished, self._ended = self._ended, done if self._ended is None else self._ended | done
         return done
 
 
 class Generation:
     """Stands in for a few of the model's methods that `generate` calls.
 
-    check: raises `UnsupportedUseError` for a cache that does not fit. announce: `Handle.announce`.
+    new_cache, announce: the handle's. check: raises `UnsupportedUseError` for a cache that does not fit it.
     """
 
     def __init__(
@@ -53,13 +61,15 @@ class Generation:
         model: Any,
         new_cache: Callable[..., PagedCache],
         check: Callable[[Any], None],
-        announce: Callable[[PagedCache], bool],
+        announce: Callable[[PagedCache, Tensor | None], bool],
     ) -> None:
         self._model = model
         self._new_cache, self._check, self._announce = new_cache, check, announce
         self._thread = threading.local()
+        self._running: weakref.WeakKeyDictionary[PagedCache, weakref.ref[_Criteria]] = weakref.WeakKeyDictionary()
         self._make_inputs = model.prepare_inputs_for_generation
         self._make_criteria = model._get_stopping_criteria
+        self._compile = model.get_compiled_call
 
     def overrides(self) -> dict[str, Callable[..., Any]]:
         """What to put on the model, by name."""
@@ -70,6 +80,7 @@ class Generation:
             "prepare_inputs_for_generation": functools.wraps(self._make_inputs)(partial(self._prepare_inputs)),
             "create_masks_for_generate": _no_mask,
             "_get_stopping_criteria": self._stopping_criteria,
+            "get_compiled_call": self._compiled_call,
             **refused,
         }
 
@@ -95,7 +106,7 @@ class Generation:
             self._check(cache)
             cache._is_user_defined = True
             cache.kv.reserve(max_length)
-        self._thread.cache = weakref.ref(cache) if steady else None
+        self._thread.steady = weakref.ref(cache) if steady else None
 
     def _can_compile(self, config: Any) -> bool:
         """Whether `generate` would compile the forward, given a cache that allows it."""
@@ -107,22 +118,39 @@ class Generation:
         """The inputs of a forward. A step of one token a row needs no mask: what it says has been on the device since
         the prompt."""
         inputs = self._make_inputs(input_ids, *args, **kwargs)
-        steady, first = self._steady_cache(), kwargs.get("is_first_iteration", False)
-        if steady is not None and inputs.get("past_key_values") is steady and not first and self._announce(steady):
-            inputs.pop("attention_mask", None)
+        cache: Any = inputs.get("past_key_values")
+        ids = inputs.get("input_ids")
+        known = self._running.get(cache) if isinstance(cache, PagedCache) else None
+        criteria = None if known is None else known()
+        decodes = ids is not None and ids.shape[1] == 1 and not kwargs.get("is_first_iteration", False)
+        if criteria is not None and decodes:
+            if self._announce(cache, criteria.finished):
+                inputs.pop("attention_mask", None)
+            elif criteria.finished is not None and not any(cache.windows):
+                inputs["attention_mask"] = cache.mask(criteria.finished)
         return inputs
 
     def _stopping_criteria(self, *args: Any, **kwargs: Any) -> Any:
         criteria = self._make_criteria(*args, **kwargs)
-        cache = self._steady_cache()
-        # Without an end token `generate` goes on with rows that have ended until all have, and returns what they say.
-        pads = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
-        return _Watched(criteria, cache) if cache is not None and pads else criteria
+        steady, self._thread.steady = getattr(self._thread, "steady", None), None
+        cache = None if steady is None else steady()
+        if cache is None:
+            return criteria
+        criteria = _Criteria(criteria)
+        self._running[cache] = weakref.ref(criteria)
+        return criteria
 
-    def _steady_cache(self) -> PagedCache | None:
-        """The cache of this thread's `generate`, if its rows grow by one token at each step, and in no other way."""
-        known = getattr(self._thread, "cache", None)
-        return None if known is None else known()
+    def _compiled_call(self, *args: Any, **kwargs: Any) -> Callable[..., Any]:
+        """In the place of `get_compiled_call`: a forward that the host lays out (a chunk of the prompt, recorded picks)
+        runs as it is."""
+        compiled = self._compile(*args, **kwargs)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            cache = kwargs.get("past_key_values")
+            announced = isinstance(cache, PagedCache) and cache.announced
+            return compiled(*args, **kwargs) if announced else self._model(*args, **kwargs)
+
+        return call
 
 
 def _no_mask(*_: Any, attention_mask: Tensor | None, **__: Any) -> Tensor | None:

@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from deltakv.integrations.hf.cache import PagedCache, PagedLayer, as_autocast
+from deltakv.integrations.hf.cache import PagedCache
+from deltakv.integrations.hf.layers import PagedLayer, as_autocast
 from deltakv.integrations.hf.step import Chunk
 from deltakv.offload.layer import Recompute
 from deltakv.offload.rows import HostRows

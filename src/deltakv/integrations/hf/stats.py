@@ -68,7 +68,7 @@ class Statistics:
     record_picks: bool = False
     picks: list[tuple[int, int, Tensor, Tensor]] = field(default_factory=list)
     kv_reader: Callable[[], int] = field(default=lambda: 0, repr=False)
-    _read: dict[str, int] = field(default_factory=dict)
+    _positions: dict[str, int] = field(default_factory=dict, repr=False)
     _meters: dict[tuple[int, torch.device, bool], Meter] = field(default_factory=dict, repr=False)
 
     @property
@@ -112,7 +112,7 @@ class Statistics:
     def reset(self) -> None:
         """Back to zero; `record_picks` stays."""
         self.picks.clear()
-        self._read.clear()
+        self._positions.clear()
         for meter in self._meters.values():
             meter.counts.zero_()
 
@@ -129,14 +129,9 @@ class Statistics:
         """One forward of evaluated positions, each a row."""
         meter = Meter(self.plan, len(seq_lens), seq_lens.device)
         meter.add(seq_lens, kept_tokens)
-        self._fold(meter)
-
-    def _fold(self, meter: Meter) -> None:
         for name, count in meter.read().items():
-            self._read[name] = self._read.get(name, 0) + count
-        meter.counts.zero_()
+            self._positions[name] = self._positions.get(name, 0) + count
 
     def _total(self, name: str) -> int:
-        for meter in self._meters.values():
-            self._fold(meter)
-        return self._read.get(name, 0)
+        # Meters are read and left as they are: another thread may be adding to them.
+        return self._positions.get(name, 0) + sum(meter.read()[name] for meter in list(self._meters.values()))

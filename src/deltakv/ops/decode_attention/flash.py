@@ -33,7 +33,8 @@ def _buffer(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """A kept buffer; one for each name, made anew when the shape changes."""
     kept: dict[str, Tensor] = _local.__dict__.setdefault("kept", {})
     if name not in kept or kept[name].shape != shape or kept[name].dtype != dtype:
-        kept[name] = torch.empty(shape, dtype=dtype)
+        with torch.inference_mode(False):  # made in inference mode, it could not be written outside of it
+            kept[name] = torch.empty(shape, dtype=dtype)
     return kept[name]
 
 

@@ -1,0 +1,198 @@
+"""The decode step: a model's forward with its LM head and argmax, one token a row, at its best on this device.
+
+Every contender runs the same model with the same shapes in the same process: compiled in one piece and captured as
+one CUDA graph on a GPU, eagerly on a CPU. They come one after the other, because two large caches do not fit.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import deltakv
+from deltakv.bench.clock import Times, timed
+from deltakv.bench.floors import step_cost
+from deltakv.bench.random_model import fill_paged, make_static
+from deltakv.config import Full, Method
+from deltakv.integrations.hf import Handle, PagedCache
+from deltakv.integrations.hf.support import model_shape
+
+#: Stock transformers: sdpa over a static cache, compiled as `generate` compiles it.
+STATIC = "stock-static"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """runs, warmup: timed steps and those before them. compiled: in one piece (a CUDA graph on a GPU).
+    loop: tokens that `generate` makes while its loop is timed, 0 for none. profile: the kernels of a step too (GPU).
+    """
+
+    runs: int
+    warmup: int
+    compiled: bool
+    loop: int = 0
+    profile: bool = False
+
+    @property
+    def room(self) -> int:
+        """Tokens that a row may grow by while it is measured."""
+        return self.runs + self.warmup + 2 * self.loop + 16
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel of one step: how often it ran, and for how long in all."""
+
+    name: str
+    calls: int
+    microseconds: float
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a contender took for rows of `lengths` tokens. bytes: weights and K and V that its step must read.
+    loop: milliseconds of a step of `generate`, all that it does around the forward included."""
+
+    name: str
+    lengths: Sequence[int]
+    times: Times
+    bytes: float
+    loop: float | None = None
+    kernels: list[Kernel] = field(default_factory=list)
+
+    def numbers(self, bandwidth: float) -> dict[str, Any]:
+        """For a JSON file. bandwidth: bytes a second of a copy in this run."""
+        floor = 1e3 * self.bytes / bandwidth
+        return {
+            "method": self.name,
+            "batch": len(self.lengths),
+            "context": max(self.lengths),
+            "tokens": sum(self.lengths),
+            **self.times.numbers(),
+            "bytes": round(self.bytes),
+            "floor_ms": floor,
+            "share_of_floor": floor / self.times.median,
+            "generate_ms": self.loop,
+            "kernels": [vars(kernel) for kernel in self.kernels],
+        }
+
+
+@dataclass
+class Contender:
+    """A way to decode with a cache of its own. handle: None for stock."""
+
+    name: str
+    model: Any
+    method: Method
+    handle: Handle | None
+    cache: Any
+    step: Any
+
+    def measure(self, lengths: Sequence[int], settings: Settings) -> Entry:
+        """A step of rows of these lengths, their new tokens not counted. On a GPU it is an error if one waits."""
+        model = self.model
+        self._refill(lengths)
+        token = torch.randint(model.config.vocab_size, (len(lengths), 1), device=model.device)
+        kernels = []
+        with torch.no_grad():
+            times = timed(lambda: self.step(token), model.device, settings.runs, settings.warmup)
+            if settings.profile and model.device.type == "cuda":
+                kernels = _profiled(lambda: self.step(token))
+        loop = self._loop(lengths, settings) if settings.loop else None
+        return Entry(self.name, lengths, times, step_bytes(model, self.method, lengths), loop, kernels)
+
+    def _refill(self, lengths: Sequence[int]) -> None:
+        if self.handle is not None:
+            fill_paged(self.cache, self.model, lengths)
+        else:
+            for layer in self.cache.layers:  # its rows are all as long as the longest, with padding
+                layer.cumulative_length.fill_(max(lengths))
+
+    def _loop(self, lengths: Sequence[int], settings: Settings) -> float:
+        """Milliseconds a step of `generate`: of a long run without those of a short one, which hold what is once."""
+        taken = []
+        for count in (4, 4, 4 + settings.loop):  # the first compiles
+            self._refill([max(lengths)] * len(lengths))
+            ids = torch.randint(3, self.model.config.vocab_size, (len(lengths), max(lengths) + 1))
+            taken.append(generate_seconds(self.model, ids, count, past_key_values=self.cache))
+        return 1e3 * (taken[2] - taken[1]) / settings.loop
+
+
+def generate_seconds(model: Any, ids: Tensor, count: int, **options: Any) -> float:
+    """Seconds that `generate` takes for `count` new tokens a row, greedily, no row ending early."""
+    ids = ids.to(model.device)
+    start = time.perf_counter()
+    out = model.generate(ids, max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0, **options)
+    assert out.shape[1] == ids.shape[1] + count  # and the tokens are there: the device is done
+    int(out[0, -1])
+    return time.perf_counter() - start
+
+
+@contextmanager
+def contender(
+    model: Any, name: str, method: Method | str, batch: int, capacity: int, *, compiled: bool
+) -> Iterator[Contender]:
+    """`method` (or `STATIC`) made ready for `batch` rows of up to `capacity` tokens; its memory is free afterwards."""
+    made = None
+    try:
+        with ExitStack() as stack:
+            if isinstance(method, str):
+                cache = make_static(model, batch, capacity)
+                made = Contender(name, model, Full(), None, cache, _make_step(model, None, cache, compiled))
+            else:
+                handle = stack.enter_context(deltakv.apply(model, method))
+                cache = handle.new_cache(capacity, static=compiled)
+                made = Contender(name, model, method, handle, cache, _make_step(model, handle, cache, compiled))
+            del cache
+            yield made
+    finally:
+        if made is not None:
+            made.cache = made.step = None  # whoever still holds the contender does not hold the memory
+        torch.compiler.reset()  # and with the code the graphs that it captured, which hold memory too
+        gc.collect()
+        if model.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def step_bytes(model: Any, method: Method, lengths: Sequence[int]) -> float:
+    """Bytes that a step must read: weights once, and K and V of each row, its new token included."""
+    cost = step_cost(model.config, model_shape(model.config).windows, method, model.dtype)
+    rows = (sum(cost.kv_bytes(length + 1, 1, method).values()) for length in lengths)
+    return cost.weight_bytes(len(lengths)) + sum(rows)
+
+
+def _make_step(model: Any, handle: Handle | None, cache: Any, compiled: bool) -> Callable[[Tensor], Tensor]:
+    """The step as a function of the tokens [batch, 1], giving the next ones; what the host does for it included."""
+
+    def forward(token: Tensor) -> Tensor:
+        logits = model(token, past_key_values=cache, use_cache=True).logits
+        result: Tensor = logits[:, -1].argmax(-1, keepdim=True)
+        return result
+
+    run = torch.compile(forward, mode="reduce-overhead", fullgraph=True, dynamic=False) if compiled else forward
+    if handle is None:
+        return run
+
+    def announced(token: Tensor) -> Tensor:
+        assert isinstance(cache, PagedCache) and handle.announce(cache)
+        return run(token)
+
+    return announced
+
+
+def _profiled(run: Callable[[], Any]) -> list[Kernel]:
+    """The kernels of one run, those that took longest first."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        run()
+        torch.cuda.synchronize()
+    found = [Kernel(event.key, event.count, event.device_time_total) for event in profiler.key_averages()]
+    return sorted((kernel for kernel in found if kernel.microseconds), key=lambda kernel: -kernel.microseconds)

@@ -1,0 +1,123 @@
+"""`deltakv bench offload`: ways to decode with K and V in host memory, measured beside what was predicted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from deltakv.cli import options
+from deltakv.cli.bench_job import Job
+from deltakv.errors import InputError
+
+
+def offload(
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model",
+            "-m",
+            help="Whose dimensions: opt-6.7b, opt-13b, llama-2-7b, qwen2.5-7b, tiny, or as in `bench step`. "
+            "Weights are random.",
+        ),
+    ] = "opt-6.7b",
+    layers: Annotated[int | None, typer.Option(min=1, help="Fewer layers, for a smaller machine.")] = None,
+    input_len: Annotated[int, typer.Option("--input-len", "--context", min=2, help="Tokens of each prompt.")] = 2048,
+    batch_size: Annotated[int, typer.Option("--batch-size", "--batch", min=1, help="Rows that decode together.")] = 32,
+    num_iters: Annotated[int, typer.Option("--num-iters", min=1, help="Timed decode steps a variant.")] = 5,
+    variant: Annotated[
+        list[str] | None,
+        typer.Option(help="device, naive, transformers, overlapped, serial or pipelined; default: all, one by one."),
+    ] = None,
+    recompute: Annotated[str, typer.Option(help="auto, or the share that serial and pipelined recompute.")] = "auto",
+    bits: Annotated[int, typer.Option(help="Of K and V in host memory: 16, 8 or 4.")] = 16,
+    chunk_mib: Annotated[float, typer.Option(help="MiB of a chunk on the device.")] = 32,
+    chunks: Annotated[int, typer.Option(help="Chunks on the device.")] = 8,
+    dtype: Annotated[
+        str, typer.Option(help="auto (bf16 on a GPU, fp32 on CPU), float32, bfloat16 or float16.")
+    ] = "auto",
+    device: options.Device = "auto",
+    output_json: Annotated[
+        Path | None, typer.Option("--output-json", "--json", help="Write the results to this JSON file.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the timelines (default: beside the JSON, as .png).")] = None,
+) -> None:
+    """Measures decode steps with K and V in host memory, and predicts them from rates measured in the same run.
+
+    [bold]Example:[/bold] deltakv bench offload --model opt-6.7b --context 2048 --batch 32 --dtype float16
+    """
+    from deltakv.bench.offload import VARIANTS, OffloadBench, timelines
+    from deltakv.offload.config import Host
+
+    wanted = variant or list(VARIANTS)
+    if unknown := [name for name in wanted if name not in VARIANTS]:
+        raise InputError(f"unknown variant {unknown[0]!r}; allowed are {', '.join(VARIANTS)}")
+    base = Host(recompute=_share(recompute), bits=bits, chunk_mib=chunk_mib, chunks=chunks)
+    job = Job(model, ["full"], device, dtype, output_json, plot)
+    from deltakv.bench.random_model import fewer_layers
+    from deltakv.integrations.hf.profiling import measure_model
+    from deltakv.integrations.hf.shapes import layer_shape
+    from deltakv.report.tables import plan_table
+    from deltakv.report.timelines import timeline_plot
+
+    if layers is not None:
+        fewer_layers(job.config, layers)
+    job.extend_positions(input_len + num_iters + 3)
+    with job.work("offload", len(wanted) + 1) as (made, advance):
+        advance("rates")
+        profile = measure_model(made)
+        shape = layer_shape(job.config, job.dtype, bits)
+        results = OffloadBench(made, shape, profile, base, batch_size, input_len, num_iters, advance).run(wanted)
+    plain = next((r.seconds for r in results if r.name == "overlapped"), None)
+    rows = [_row(result.numbers(), plain) for result in results]
+    depth = job.config.num_hidden_layers
+    title = f"{model}, {depth} layers, {job.dtype_name}, batch {batch_size} at {input_len:,} tokens, {profile.machine}"
+    subtitle = ""
+    if found := [result.forecast.rates for result in results if result.forecast is not None]:
+        subtitle = (
+            f"\nbus {found[-1].bus / 1e9:.1f} GB/s, recomputing {found[-1].gemm / 1e12:,.3g} TFLOP/s, just measured"
+        )
+    headings = ["variant", "", "ms a step", "vs overlapped", "predicted ms", "off by", "recomputed", "GB/s", "GPU busy"]
+    job.show(plan_table(rows, headings), title + subtitle)
+    job.write(
+        {
+            "bench": "offload",
+            "layers": depth,
+            "context": input_len,
+            "batch": batch_size,
+            "recompute": base.recompute,
+            "bits": bits,
+            "chunk_bytes": base.chunk_bytes,
+            "chunks": base.chunks,
+            "measured_on": profile.machine,
+        },
+        [result.numbers() for result in results],
+    )
+    if drawn := timelines(results):
+        job.draw(timeline_plot, drawn, f"{title}; the bars are the prediction")
+
+
+def _share(text: str) -> float | str:
+    """What `Host` takes; it refuses what it does not know."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _row(result: dict[str, Any], plain: float | None) -> list[str]:
+    seconds, predicted, found = result["step_seconds"], result["predicted_seconds"], result["forecast"]
+    if seconds is None:
+        return [result["variant"], result["failed"], *[""] * 7]
+    return [
+        result["variant"],
+        found["reason"] if found and result["variant"] in ("serial", "pipelined") else "",
+        f"{seconds * 1e3:,.1f}",
+        f"{plain / seconds:.2f}x" if plain else "",
+        f"{predicted * 1e3:,.1f}" if predicted else "",
+        f"{seconds / predicted - 1:+.0%}" if predicted else "",
+        f"{found['share']:.0%}" if found else "",
+        f"{result['moved_bytes'] / seconds / 1e9:.1f}" if result["moved_bytes"] else "",
+        "" if result["gpu_busy"] is None else f"{result['gpu_busy']:.0%}",
+    ]
