@@ -9,14 +9,24 @@ from typing import Any
 import pytest
 from command_line import Run, refused
 
-from deltakv.bench.dims import find_config, make_model, resized
+from deltakv.bench.dims import find_config, make_model
 from deltakv.bench.offload import VARIANTS
 from deltakv.offload import profiler
 
 TINY = (
-    "bench", "offload", "--model", "tiny", "--input-len", "60", "--batch-size", "3", "--steps", "2",
-    "--chunk-mib", "0.02",
-)  # fmt: skip
+    "bench",
+    "offload",
+    "--model",
+    "tiny",
+    "--context",
+    "60",
+    "--batch",
+    "3",
+    "--num-iters",
+    "2",
+    "--chunk-mib",
+    "0.02",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +66,7 @@ def test_the_decoded_tokens_are_the_same(monkeypatch: pytest.MonkeyPatch) -> Non
     from deltakv.integrations.hf.shapes import layer_shape
     from deltakv.offload.config import Host
 
-    config = resized(find_config("tiny"), 100)
+    config = find_config("tiny")
     model, seen = make_model(config, torch.float32, torch.device("cpu")), []
     with torch.no_grad():
         for parameter in model.parameters():  # drawn small, every token would be followed by the same one
@@ -89,7 +99,7 @@ def test_chosen_variants_and_fewer_layers(run: Run, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("--model", "gpt-5"), "opt-6.7b"),
+        (("--model", "./gpt-5"), "one of the dimensions"),
         (("--variant", "flexgen"), "unknown variant 'flexgen'"),
         (("--recompute", "most"), "recompute='most'"),
         (("--bits", "2"), "bits=2"),
@@ -103,17 +113,16 @@ def test_refused(run: Run, words: tuple[str, ...], said: str) -> None:
     refused(run(*TINY, *words), said)
 
 
-#: Hidden size, layers and KV width, as the models' configs on the Hub have them.
-KNOWN = {
-    "opt-6.7b": (4096, 32, 4096), "opt-13b": (5120, 40, 5120), "llama-2-7b": (4096, 32, 4096),
-    "r1-distill-qwen-7b": (3584, 28, 512), "tiny": (64, 4, 64),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", KNOWN)
-def test_dimensions_are_those_of_the_models(name: str) -> None:
-    config = resized(find_config(name), 9000)
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("opt-6.7b", (4096, 32, 4096)), ("opt-13b", (5120, 40, 5120)), ("llama-2-7b", (4096, 32, 4096)),
+        ("qwen2.5-7b", (3584, 28, 512)), ("tiny", (64, 4, 64)),
+    ],
+)  # fmt: skip
+def test_dimensions_are_those_of_the_models(name: str, known: tuple[int, int, int]) -> None:
+    """Hidden size, layers and KV width, as their configs on the Hub have them."""
+    config = find_config(name)
     kv_heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
     width = kv_heads * config.hidden_size // config.num_attention_heads
-    assert (config.hidden_size, config.num_hidden_layers, width) == KNOWN[name]
-    assert config.max_position_embeddings >= 9000
+    assert (config.hidden_size, config.num_hidden_layers, width) == known

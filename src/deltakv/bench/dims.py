@@ -60,6 +60,16 @@ DIMS: dict[str, dict[str, Any]] = {
         "vocab_size": 152064,
         "tie_word_embeddings": False,
     },
+    "qwen2.5-7b": {
+        **_QWEN2,
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "vocab_size": 152064,
+        "rope_parameters": _rope(1e6),
+        "tie_word_embeddings": False,
+    },
     "llama-2-7b": {
         "model_type": "llama",
         "num_hidden_layers": 32,

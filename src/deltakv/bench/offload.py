@@ -85,7 +85,8 @@ class OffloadBench:
     """One run on a model to which nothing is applied.
 
     shape, profile: of its layers. base: chunks, bits, pinning of all variants in host memory.
-    batch, length: rows and tokens of the prompt. steps: timed ones, after one that warms up.
+    batch, length: rows and tokens of the prompt. steps: timed ones, after one that warms up. say: hears which variant
+    begins.
     """
 
     model: Any
@@ -105,6 +106,7 @@ class OffloadBench:
         with torch.no_grad():
             for name in ("device", "transformers"):
                 if name in variants:
+                    self.say(name)
                     results[name] = self._alone(name)
             if any(name in HOSTED for name in variants):
                 results |= self._hosted([name for name in HOSTED if name in variants])
@@ -164,7 +166,6 @@ class OffloadBench:
         return results
 
     def _prefill(self, cache: Any) -> None:
-        self.say("prompt")
         made = torch.Generator().manual_seed(0)
         vocabulary = self.model.config.vocab_size
         ids = torch.randint(3, vocabulary, (self.batch, self.length), generator=made)

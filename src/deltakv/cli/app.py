@@ -7,7 +7,6 @@ from typing import Annotated
 import typer
 
 from deltakv.cli.bench import bench
-from deltakv.cli.bench_offload import offload
 from deltakv.cli.compare import compare
 from deltakv.cli.generate import generate
 from deltakv.cli.inspect import inspect
@@ -24,7 +23,6 @@ app = typer.Typer(
 )
 for _command in (generate, compare, inspect, plan):
     app.command(no_args_is_help=False)(_command)
-bench.command()(offload)
 app.add_typer(bench, name="bench", help="Times decode steps, ops and whole answers, with random weights at any size.")
 # What it does not know is vLLM's.
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve)

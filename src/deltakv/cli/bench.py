@@ -9,6 +9,7 @@ import typer
 
 from deltakv.cli import options
 from deltakv.cli.bench_job import Job
+from deltakv.cli.bench_offload import offload
 from deltakv.errors import InputError
 
 bench = typer.Typer(no_args_is_help=True, rich_markup_mode="rich")
@@ -194,3 +195,6 @@ def generate(
     title = f"{model}, batch {batch_size}, {input_len:,} to {input_len + output_len:,} tokens, {job.device_name}"
     job.show(report.generation_table(results), title)
     job.write({"bench": "generate"}, results)
+
+
+bench.command()(offload)

@@ -114,7 +114,7 @@ class Job:
         if self._json is not None:
             options.say(f"json: {self._json}")
 
-    def draw(self, plot: Callable[[Sequence[dict[str, Any]], str, Path], None], results: list[Any], title: str) -> None:
+    def draw(self, plot: Callable[[Sequence[Any], str, Path], None], results: list[Any], title: str) -> None:
         if self._plot is not None:
             plot(results, title, self._plot)
             options.say(f"plot: {self._plot}")
