@@ -42,8 +42,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def windowed(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Every second layer has a sliding window, so that vLLM keeps two block tables."""
-    kinds = ["sliding_attention", "full_attention"] * (DEPTH // 2)
+    """Two layers of eight have a sliding window: vLLM keeps a block table for them, and three for the other six."""
+    kinds = ["sliding_attention", "full_attention", "full_attention", "full_attention"] * (DEPTH // 4)
     return save_tiny(
         tmp_path_factory.mktemp("windowed"), "Gemma3Text", sliding_window=64, layer_types=kinds, query_pre_attn_scalar=4
     )

@@ -1,7 +1,8 @@
 """A process of its own that runs vLLM engines one after the other, as tests ask: JSON in, JSON out, one line each.
 
-A request: {"engine": arguments of `vllm.LLM`, "runs": [{"prompts": [[token, ...], ...], "sampling": [{...}, ...]}, ...]}. The
-engine lives for one request. The answer: {"runs": [[{"tokens": [...], "logprobs": [[one a vocabulary entry], ...],
+A request: {"engine": arguments of `vllm.LLM`, "runs": [{"prompts": [[token, ...], ...],
+"sampling": [{...}, ...]}, ...]}; the engine lives for one request. The answer: {"runs": [[{"tokens": [...],
+"logprobs": [[one a vocabulary entry], ...],
 "cached": prompt tokens that came from the prefix cache}, ...], ...]}, or {"error": "Kind: message"}. Of {"check":
 arguments} the config alone is made and checked; the answer is {"plan": letters}.
 """

@@ -90,9 +90,9 @@ def test_min_context_and_the_default_plan_are_those_of_transformers(engines: Dri
     assert difference(row, by_transformers(tiny, deltakv.Delta(**options), LONG, len(row.tokens))) < CLOSE
 
 
-@pytest.mark.parametrize("plan", ["SRRR", "FSRR"])
+@pytest.mark.parametrize("plan", ["SRRRRR", "FSRRSR"])
 def test_layers_with_a_window_keep_it(engines: Driver, windowed: str, plan: str) -> None:
-    """Two block tables; plan letters count the layers without a window."""
+    """Plan letters count the layers without one; these lie in three block tables, and follow picks made on another."""
     options = {"budget": 64, "recent": 16, "sinks": 16, "min_context": 64, "plan": plan}
     ((row,),) = engines.run(windowed, ask(LONG), settings=options)
     assert difference(row, by_transformers(windowed, deltakv.Delta(**options), LONG, len(row.tokens))) < CLOSE

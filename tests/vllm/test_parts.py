@@ -64,6 +64,21 @@ def test_on_another_version_stock_attention_runs_and_custom_is_refused(tiny: str
         driver.close()
 
 
+def test_where_there_is_no_backend_the_first_question_is_refused() -> None:
+    code = """
+from deltakv.integrations.vllm.refused import RefusedBackend
+for question in ("validate_configuration", "get_name", "get_impl_cls"):
+    try:
+        getattr(RefusedBackend, question)()
+    except ValueError as error:
+        assert "on the CPU only, so far; leave out --attention-backend CUSTOM" in str(error)
+    else:
+        raise AssertionError(question)
+print("refused")
+"""
+    assert python(code) == "refused"
+
+
 def test_ranks_that_agree_pick_as_one() -> None:
     """Heads spread over two ranks: with the largest token scores of both, each picks what all heads pick together."""
     generator = torch.Generator().manual_seed(0)

@@ -87,11 +87,12 @@ def test_model(engines: Driver, tmp_path: Path, case: str) -> None:
 
 
 @pytest.mark.parametrize("case", ["CUSTOM without settings", "settings without CUSTOM", "block size"])
-def test_an_engine_asks_before_it_loads(engines: Driver, tiny: str, case: str) -> None:
-    """`check` is not only there for `deltakv serve`: an engine that is started otherwise refuses too."""
+def test_an_engine_asks_before_it_loads(engines: Driver, tmp_path: Path, case: str) -> None:
+    """`check` is not only there for `deltakv serve`: an engine that is started otherwise refuses too, here before it
+    finds out that there are no weights."""
     arguments, settings, said = ENGINES[case]
     with pytest.raises(EngineError) as refused:
-        engines.run(tiny, ask(prompt(20, 0)), settings=settings, **arguments)
+        engines.run(save_config(tmp_path, "Llama", **SMALL), ask(prompt(20, 0)), settings=settings, **arguments)
     assert "UnsupportedUseError" in str(refused.value) and said[0] in str(refused.value)
 
 

@@ -1,15 +1,14 @@
-"""On a vLLM version that is not checked: stock attention, and a clear refusal where deltakv is asked for.
+"""On a CPU with a vLLM version that is not checked: stock attention, and a clear refusal where deltakv is asked for.
 
-Nothing here builds on an interface that a version may have changed, but the names of two classes.
+Nothing here builds on an interface that a version may have changed, but the name of one class.
 """
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any
 
 import vllm
 from vllm.config import get_current_vllm_config
-from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
 from deltakv.errors import UnsupportedUseError
@@ -27,17 +26,3 @@ class GuardedCPUBackend(CPUAttentionBackend):
         if asked or getattr(config.attention_config.backend, "name", None) == "CUSTOM":
             raise UnsupportedUseError(advice(vllm.__version__))
         return CPUAttentionBackend.get_impl_cls()
-
-
-class RefusedBackend(AttentionBackend):
-    """What CUSTOM is on a GPU: the first question that vLLM asks it is answered with the refusal."""
-
-    @classmethod
-    def validate_configuration(cls, *_: Any, **__: Any) -> NoReturn:
-        raise UnsupportedUseError(advice(vllm.__version__))
-
-    @staticmethod
-    def get_name() -> NoReturn:
-        raise UnsupportedUseError(advice(vllm.__version__))
-
-    get_impl_cls = get_builder_cls = get_kv_cache_shape = get_name

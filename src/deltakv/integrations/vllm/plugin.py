@@ -22,7 +22,7 @@ def register() -> None:
         path = f"{_HERE}.cpu.SparseCPUBackend" if checked else f"{_HERE}.guard.GuardedCPUBackend"
         register_backend(AttentionBackendEnum.CPU_ATTN, path)
     else:
-        path = f"{_HERE}.guard.RefusedBackend"
+        path = f"{_HERE}.refused.RefusedBackend"
     register_backend(AttentionBackendEnum.CUSTOM, path)
     if checked:
         from deltakv.integrations.vllm import figures

@@ -47,6 +47,8 @@ def command(path: str, name: str, settings: Settings, passed: Sequence[str]) -> 
     model = ["--model", path]
     asked = _parse([*model, *passed])
     page_size = settings.method.page_size
+    if asked.model != path or asked.model_tag is not None:
+        raise InputError(f"{asked.model_tag or asked.model} is a second model; a server has one, {name!r} here")
     if asked.attention_backend not in (None, "CUSTOM", AttentionBackendEnum.CUSTOM):
         raise UnsupportedUseError(
             f"--attention-backend {asked.attention_backend} does not run deltakv, which is CUSTOM; leave it out, or "
