@@ -167,7 +167,7 @@ def test_wrong_options(run: Run, model_folder: str) -> None:
     refused(run("generate", "hello", "--top-p", "3"), "--top-p")
     refused(run("generate", "hello", "--model", model_folder, "--dtype", "int3"), "int3", "bfloat16")
     refused(run("generate", "hello", "--model", model_folder, "--device", "quantum"), "quantum")
-    refused(run("plan", "--model", model_folder, "--context", "4000;8000"), "list of lengths")
+    refused(run("plan", "--model", model_folder, "--context", "4000;8000"), "list of whole numbers")
     refused(run("compare", "--model", model_folder, "--context", "100", "--positions", "100"), "--positions 100")
     refused(run("inspect", "--model", model_folder, "--context", "100", "--steps", "100"), "--steps 100")
     refused(run("inspect", "--out", "picture.jpg"), ".png")
