@@ -1,6 +1,6 @@
 """Whether a server's configuration and deltakv go together: what is refused by name, before weights are loaded.
 
-`docs/vllm.md` has the same list as a table; each row of it is a test.
+`docs/vllm.md` has the same list as a table.
 """
 
 from __future__ import annotations
