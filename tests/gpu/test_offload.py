@@ -113,7 +113,7 @@ def test_host_memory_is_page_locked(tiny_model: Any) -> None:
 
 
 def test_device_memory_is_flat(tiny_model: Any) -> None:
-    """A decode step takes as much from 250 tokens as from 4,000."""
+    """A decode step takes as much from 250 tokens as from 4,000, but for OPT's own mask and positions."""
     model, peaks = tiny_model("opt").cuda(), []
     with (
         torch.no_grad(),
@@ -127,7 +127,8 @@ def test_device_memory_is_flat(tiny_model: Any) -> None:
             before = torch.cuda.memory_allocated()
             model(chunk[:, :1], past_key_values=cache)
             peaks.append(torch.cuda.max_memory_allocated() - before)
-    assert peaks[1] <= 1.02 * peaks[0] + (1 << 16)
+    own = 2 * 4000 * 3 * 8  # rows, tokens, three integers each; their K and V of one layer would be ten times that
+    assert peaks[1] <= 1.02 * peaks[0] + own
 
 
 def test_host_memory_does_not_grow(tiny_model: Any) -> None:

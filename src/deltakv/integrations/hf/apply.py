@@ -22,6 +22,7 @@ from deltakv.errors import ConfigError, UnsupportedUseError
 from deltakv.integrations.hf.attention import PagedAttention
 from deltakv.integrations.hf.cache import PagedCache
 from deltakv.integrations.hf.checks import check_cache
+from deltakv.integrations.hf.fused import fuse_projections
 from deltakv.integrations.hf.generation import Generation
 from deltakv.integrations.hf.offload import Offload, host_config
 from deltakv.integrations.hf.positions import Positions, Trace
@@ -38,17 +39,21 @@ _numbers = itertools.count(1)
 _applied: weakref.WeakKeyDictionary[PreTrainedModel, weakref.ref[Handle]] = weakref.WeakKeyDictionary()
 
 
-def apply(model: nn.Module, method: Method, *, kv_device: str | Host = "device") -> Handle:
+def apply(
+    model: nn.Module, method: Method, *, kv_device: str | Host = "device", fuse: bool | None = None
+) -> Handle:
     """Runs `model` with `method` until the handle is removed. Works as a context manager or without `with`.
 
     model: a stock transformers causal LM, also inside PEFT or `torch.compile`. method: `Delta(...)`, `Full()`, ...
     kv_device: where K and V are: on the model's "device"; or in "host" memory, with `Full()`, for a cache that does not
         fit the device (KVPR, arXiv 2411.17089); `Host(...)` says how.
+    fuse: whether decode steps take projections of one input (QKV; gate and up) as one product. Weights stay as many, and
+        under their names. None: on a GPU, where it is faster.
     Raises `UnsupportedModelError`, `UnsupportedUseError`, `PlanError` or `ConfigError` before anything is changed.
     """
     if not isinstance(method, Method):
         raise ConfigError(f"{method!r} is not a method; give deltakv.Delta(...), deltakv.Full() or another config")
-    return Handle(unwrap(model), method, host_config(kv_device))
+    return Handle(unwrap(model), method, host_config(kv_device), fuse)
 
 
 class Handle:
@@ -59,7 +64,9 @@ class Handle:
     stats: counts since `apply`.
     """
 
-    def __init__(self, model: PreTrainedModel, method: Method, host: Host | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, method: Method, host: Host | None = None, fuse: bool | None = None
+    ) -> None:
         shape = model_shape(model.config)
         other = _applied[model]() if model in _applied else None
         if other is not None:
@@ -94,6 +101,8 @@ class Handle:
             native.library()  # compiled now, or the first token would wait for it
         with contextlib.ExitStack() as undo:
             self._install(undo)
+            if model.device.type == "cuda" if fuse is None else fuse:
+                fuse_projections(model, undo)
             self._undo = undo.pop_all()
 
     @property

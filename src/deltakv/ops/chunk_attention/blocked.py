@@ -29,6 +29,19 @@ def chunk_logits(
     return logits, lse if sinks is None else torch.logaddexp(lse, sinks.float())
 
 
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Rows without a past: q [batch, n_heads, tokens, head_dim], k and v with their own heads; heads first, as `sdpa`.
+
+    No fused kernel of a GPU takes fp32 with grouped heads, and the one that does keeps all logits; so there K and V are
+    repeated.
+    """
+    grouped = q.shape[1] != k.shape[1]
+    if grouped and q.is_cuda and q.dtype == torch.float32:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        grouped = False
+    return F.scaled_dot_product_attention(q, k, v, scale=scale, is_causal=True, enable_gqa=grouped)
+
+
 def _with_sinks(q: Tensor, k: Tensor, v: Tensor, scale: float, sinks: Tensor, visible: Tensor) -> Tensor:
     """One block, with the sinks as a column of the softmax that has no value. Heads first, as `sdpa` has them."""
     n_heads, m, dim = q.shape
@@ -54,10 +67,7 @@ def chunk_attention(
     heads, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
     grouped = heads.shape[0] != k.shape[0]
     if m == tokens and kept is None and sinks is None:
-        whole = F.scaled_dot_product_attention(
-            heads[None], k[None], v[None], scale=scale, is_causal=True, enable_gqa=grouped
-        )
-        return whole[0].transpose(0, 1)
+        return causal_attention(heads[None], k[None], v[None], scale)[0].transpose(0, 1)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     for start in range(0, m, BLOCK):
         stop = min(start + BLOCK, m)

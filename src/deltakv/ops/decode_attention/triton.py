@@ -13,8 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-#: Bytes of K and V that a tile may have: three of them fit a multiprocessor's shared memory.
-_TILE_BYTES = 1 << 16
+#: Bytes of K and V that a tile may have. Two are under way in shared memory, and three programs share a multiprocessor.
+_TILE_BYTES = 1 << 15
+
+#: Offsets up to here are computed in 32 bits, with half as many instructions.
+_NARROW = (1 << 31) - 1
 
 
 def tile_tokens(q: Tensor) -> int:
@@ -25,9 +28,14 @@ def tile_tokens(q: Tensor) -> int:
 def chunk_tokens(capacity: int) -> int:
     """Tokens of a chunk, for a table with room for `capacity` tokens.
 
-    Short tables, what a REUSE layer reads, are cut finer: there a small batch has few chunks to fill the chip with.
+    Short tables, what a REUSE layer reads, stay whole: merging chunks would take longer than reading them. Beyond, a
+    single row is cut into enough chunks to fill the chip with, and into no more.
     """
-    return 1024 if capacity <= 4096 else 2048
+    if capacity <= 2048:
+        return 2048
+    if capacity <= 4096:
+        return 1024
+    return 2048 if capacity <= 65536 else 4096
 
 
 @triton.jit
@@ -65,60 +73,67 @@ def _attend(
     TILE: tl.constexpr,
     STATS: tl.constexpr,
     SINKS: tl.constexpr,
+    ALIKE: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
-    """One chunk of one KV head of one row. Grid: (SPLITS, KV_HEADS, rows)."""
+    """One chunk of one KV head of one row. Grid: (SPLITS, KV_HEADS, rows).
+
+    ALIKE: K and V have the same strides. WIDE: offsets into them may need 64 bits.
+    """
     split, kv_head, row = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     SHARED: tl.constexpr = N_HEADS // KV_HEADS
+    LOG2E: tl.constexpr = 1.4426950408889634
     group = kv_head // (KV_HEADS // GROUPS)
     length = tl.load(lens + row * GROUPS + group)
     first = split * CHUNK
     last = tl.minimum(first + CHUNK, length)
     if first >= length and split > 0:
         return
-    h, d = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_D)
+    h, d, t = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_D), tl.arange(0, TILE)
     head = kv_head * SHARED + h
     is_head, in_dim = h < SHARED, d < DIM
     queries = tl.load(
         q + (row * N_HEADS + head)[:, None] * DIM + d[None, :], mask=is_head[:, None] & in_dim[None, :], other=0.0
     )
-    pages = table + (row * GROUPS + group) * width
+    # The chunk's part of the table, at once: looked up in the loop, it would hold back what is loaded ahead.
+    entry = first // PAGE + tl.arange(0, CHUNK // PAGE)
+    pages = tl.load(table + (row * GROUPS + group) * width + entry, mask=entry < width, other=0)
+    if WIDE:
+        pages = pages.to(tl.int64)
     k += kv_head * k_head
     v += kv_head * v_head
+    k_within = (t % PAGE)[:, None] * k_token + d[None, :]
+    v_within = (t % PAGE)[:, None] * v_token + d[None, :]
     top = tl.full([BLOCK_H], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_H], tl.float32)
+    total = tl.zeros([BLOCK_H, TILE], tl.float32)  # summed over the tile once, at the end
     result = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
-    for start in range(first, last, TILE):
-        token = start + tl.arange(0, TILE)
-        visible = token < last
-        page = tl.load(pages + token // PAGE, mask=visible, other=0).to(tl.int64)
-        slot = token % PAGE
-        keys = tl.load(
-            k + (page * k_page + slot * k_token)[None, :] + d[:, None],
-            mask=visible[None, :] & in_dim[:, None],
-            other=0.0,
-        )
-        values = tl.load(
-            v + (page * v_page + slot * v_token)[:, None] + d[None, :],
-            mask=visible[:, None] & in_dim[None, :],
-            other=0.0,
-        )
-        s = tl.dot(queries, keys, input_precision="ieee") * scale
+    for start in range(0, last - first, TILE):
+        visible = start + t < last - first
+        shown = visible[:, None] & in_dim[None, :]
+        page = tl.gather(pages, start // PAGE + t // PAGE, 0)[:, None]
+        slot = start % PAGE if PAGE > TILE else 0  # of the tile's first token
+        k_at = page * k_page + k_within + slot * k_token
+        v_at = k_at if ALIKE else page * v_page + v_within + slot * v_token
+        keys = tl.load(k + k_at, mask=shown, other=0.0)
+        values = tl.load(v + v_at, mask=shown, other=0.0)
+        s = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
         s = tl.where(visible[None, :], s, float("-inf"))
         peak = tl.max(s, 1)
         if STATS:
-            where = (row * tiles + start // TILE) * N_HEADS + head
+            where = (row * tiles + (first + start) // TILE) * N_HEADS + head
             tl.store(peaks + where, peak, mask=is_head)
             tl.store(
-                logits + where[:, None] * TILE + tl.arange(0, TILE)[None, :],
+                logits + where[:, None] * TILE + t[None, :],
                 (s - peak[:, None]).to(logits.dtype.element_ty),
                 mask=is_head[:, None],
             )
         new_top = tl.maximum(top, peak)
-        weights = tl.exp(s - new_top[:, None])
-        fade = tl.exp(top - new_top)
-        total = total * fade + tl.sum(weights, 1)
+        weights = tl.exp2(s * LOG2E - (new_top * LOG2E)[:, None])
+        fade = tl.exp2((top - new_top) * LOG2E)
+        total = total * fade[:, None] + weights
         result = result * fade[:, None] + tl.dot(weights.to(values.dtype), values, input_precision="ieee")
         top = new_top
+    total = tl.sum(total, 1)
     if SPLITS == 1:
         if SINKS:
             sink = tl.load(sinks + head, mask=is_head, other=float("-inf")).to(tl.float32)
@@ -222,6 +237,7 @@ def _run(
     parts = (rows, n_heads, splits) if splits > 1 else (0, 0, 0)
     partial_out, partial_lse = torch.empty((*parts, dim), **fp32), torch.empty(parts, **fp32)
     shape = {"N_HEADS": n_heads, "GROUPS": groups, "DIM": dim, "BLOCK_D": triton.next_power_of_2(dim)}
+    furthest = max(pages.shape[0] * abs(pages.stride(0)) for pages in (k_cache, v_cache))
     shape |= {"CHUNK": chunk, "SPLITS": splits, "STATS": stats, "SINKS": sinks is not None}
     if rows == 0:
         return out, logits, peaks, lse
@@ -248,6 +264,8 @@ def _run(
         BLOCK_H=max(16, triton.next_power_of_2(n_heads // n_kv)),
         PAGE=page_size,
         TILE=tile,
+        ALIKE=k_cache.stride() == v_cache.stride(),
+        WIDE=furthest > _NARROW,
         num_warps=4,
         num_stages=3,
     )

@@ -7,6 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+#: Tokens of a program.
+_BLOCK = 512
+
 
 @triton.jit
 def _score(
@@ -23,11 +26,10 @@ def _score(
     width,
     PAGE: tl.constexpr,
     N_HEADS: tl.constexpr,
-    BLOCK_H: tl.constexpr,
     TILE: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """TILES tiles of one row. Grid: (blocks, rows)."""
+    """TILES tiles of one row, head after head, so that each thread keeps its tokens. Grid: (blocks, rows)."""
     block, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     PAGES: tl.constexpr = TILES * TILE // PAGE
     length = tl.load(lens + row)
@@ -36,22 +38,16 @@ def _score(
         tl.store(scores + row * width + page, tl.zeros([PAGES], tl.float32), mask=page < width)
         return
     tile, slot = block * TILES + tl.arange(0, TILES), tl.arange(0, TILE)
+    begun = tile * TILE < length
     visible = tile[:, None] * TILE + slot[None, :] < length
     best = tl.full([TILES, TILE], float("-inf"), tl.float32)
-    for first in range(0, N_HEADS, BLOCK_H):
-        head = first + tl.arange(0, BLOCK_H)
-        is_head = head < N_HEADS
-        shown = is_head[None, :] & (tile * TILE < length)[:, None]
-        peak = tl.load(peaks + row * peaks_row + tile[:, None] * peaks_tile + head[None, :], mask=shown, other=0.0)
-        norm = tl.load(lse + row * N_HEADS + head, mask=is_head, other=0.0)
-        where = row * logits_row + tile[:, None] * logits_tile + head[None, :] * logits_head
-        logit = tl.load(
-            logits + where[:, :, None] + slot[None, None, :],
-            mask=shown[:, :, None] & visible[:, None, :],
-            other=float("-inf"),
-        )
+    for head in range(N_HEADS):
+        peak = tl.load(peaks + row * peaks_row + tile * peaks_tile + head, mask=begun, other=0.0)
+        norm = tl.load(lse + row * N_HEADS + head)
+        where = row * logits_row + tile * logits_tile + head * logits_head
+        logit = tl.load(logits + where[:, None] + slot[None, :], mask=visible, other=float("-inf"))
         # The largest probability is that of the largest logit less its log-sum-exp.
-        best = tl.maximum(best, tl.max(logit.to(tl.float32) + (peak - norm[None, :])[:, :, None], 1))
+        best = tl.maximum(best, logit.to(tl.float32) + (peak - norm)[:, None])
     weight = tl.where(visible, tl.exp(best), 0.0)
     total = tl.sum(tl.reshape(weight, [PAGES, PAGE]), 1)
     tl.store(scores + row * width + page, total, mask=page < width)
@@ -66,7 +62,7 @@ def page_scores(logits: Tensor, peaks: Tensor, lse: Tensor, seq_lens: Tensor, pa
     # One tile for all is the same as many that have the same peak.
     strides = (n_heads * tile, 128, tile, n_heads, 0) if tiles == 1 else (*logits.stride()[:3], *peaks.stride()[:2])
     tile = 128 if tiles == 1 else tile
-    together = max(1, page_size // tile)
+    together = _BLOCK // tile
     if scores.numel():
         _score[(triton.cdiv(width * page_size, together * tile), rows)](
             logits,
@@ -78,7 +74,6 @@ def page_scores(logits: Tensor, peaks: Tensor, lse: Tensor, seq_lens: Tensor, pa
             width,
             PAGE=page_size,
             N_HEADS=n_heads,
-            BLOCK_H=min(32, triton.next_power_of_2(n_heads)),
             TILE=tile,
             TILES=together,
             num_warps=4,

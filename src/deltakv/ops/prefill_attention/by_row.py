@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from deltakv.ops.chunk_attention import chunk_attention
+from deltakv.ops.chunk_attention import causal_attention, chunk_attention
 
 
 def row_kv(k_cache: Tensor, v_cache: Tensor, pages: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
@@ -34,9 +33,7 @@ def prefill_attention(
     """See `naive.prefill_attention`."""
     past = past_lens.tolist()
     if not any(past) and sinks is None and bool(real.all()):
-        grouped = q.shape[1] != k.shape[1]
-        out = F.scaled_dot_product_attention(q, k, v, scale=scale, is_causal=True, enable_gqa=grouped)
-        return out.transpose(1, 2).contiguous()
+        return causal_attention(q, k, v, scale).transpose(1, 2).contiguous()
     out = torch.zeros_like(q.transpose(1, 2), memory_format=torch.contiguous_format)
     counts, starts = real.sum(1).tolist(), real.byte().argmax(1).tolist()
     for row in range(len(q)):
