@@ -56,7 +56,7 @@ def table(data: dict[str, Any]) -> str:
     lines += [
         "",
         f"<sub>{data['date'][:10]}, {machine['cores']} cores of {machine['cpu']}, {data['dtype']}, torch "
-        f"{versions['torch']}, transformers {versions['transformers']}, commit {data['commit'][:9]}</sub>",
+        f"{versions['torch']}, transformers {versions['transformers']}, commit {_commit(data)}</sub>",
     ]
     return "\n".join(lines)
 
@@ -178,8 +178,14 @@ def source(data: dict[str, Any]) -> str:
     """Where a run of `deltakv bench` was measured, and how fast a copy was there."""
     versions, speed = data["versions"], f"copy {data['copy_bandwidth'] / 1e12:.2f} TB/s"
     software = f"torch {versions['torch']}, transformers {versions['transformers']}"
-    commit = (data["commit"] or "unknown")[:9]
-    return f"<sub>{data['date'][:10]}, {data['device']}, {data['dtype']}, {speed}, {software}, commit {commit}</sub>"
+    where = f"{data['date'][:10]}, {data['device']}, {data['dtype']}, {speed}"
+    return f"<sub>{where}, {software}, commit {_commit(data)}</sub>"
+
+
+def _commit(data: dict[str, Any]) -> str:
+    """In short; that there were changes on top is not left out."""
+    commit, _, changes = (data["commit"] or "unknown").partition("+")
+    return commit[:9] + (f" and {changes}" if changes else "")
 
 
 def rewritten(path: Path) -> str:

@@ -115,8 +115,8 @@ def test_prompts_make_no_dense_mask(tiny_model: Any) -> None:
     """A prefill's mask of [batch, 1, width, width] would be larger than all else that this model needs."""
     model = tiny_model("llama").cuda()
     model.generation_config.eos_token_id = None
-    batch = batch_of(4000, 100, 3000, 2000)
-    mask_bytes = 4 * 4000 * 4000
+    batch = batch_of(12000, 100, 9000, 6000)
+    mask_bytes = 4 * 12000 * 12000
     with deltakv.apply(model, SPARSE):
         greedy(model, batch, 2)
         torch.cuda.synchronize()

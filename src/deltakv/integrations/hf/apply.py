@@ -22,12 +22,13 @@ from deltakv.errors import ConfigError, UnsupportedUseError
 from deltakv.integrations.hf.attention import PagedAttention
 from deltakv.integrations.hf.cache import PagedCache
 from deltakv.integrations.hf.checks import check_cache
-from deltakv.integrations.hf.fused import fuse_projections
+from deltakv.integrations.hf.fused import Fused, fuse_projections
 from deltakv.integrations.hf.generation import Generation
 from deltakv.integrations.hf.offload import Offload, host_config
 from deltakv.integrations.hf.positions import Positions, Trace
 from deltakv.integrations.hf.stats import Statistics
 from deltakv.integrations.hf.step import Chunk
+from deltakv.integrations.hf.stops import defer_stops
 from deltakv.integrations.hf.support import model_shape, unwrap
 from deltakv.methods import selector
 from deltakv.offload.config import Host
@@ -39,16 +40,14 @@ _numbers = itertools.count(1)
 _applied: weakref.WeakKeyDictionary[PreTrainedModel, weakref.ref[Handle]] = weakref.WeakKeyDictionary()
 
 
-def apply(
-    model: nn.Module, method: Method, *, kv_device: str | Host = "device", fuse: bool | None = None
-) -> Handle:
+def apply(model: nn.Module, method: Method, *, kv_device: str | Host = "device", fuse: bool | None = None) -> Handle:
     """Runs `model` with `method` until the handle is removed. Works as a context manager or without `with`.
 
     model: a stock transformers causal LM, also inside PEFT or `torch.compile`. method: `Delta(...)`, `Full()`, ...
     kv_device: where K and V are: on the model's "device"; or in "host" memory, with `Full()`, for a cache that does not
         fit the device (KVPR, arXiv 2411.17089); `Host(...)` says how.
-    fuse: whether decode steps take projections of one input (QKV; gate and up) as one product. Weights stay as many, and
-        under their names. None: on a GPU, where it is faster.
+    fuse: whether decode steps take projections of one input (QKV; gate and up) as one product. The weights stay as
+        many, under their names. None: on a GPU, where it is faster.
     Raises `UnsupportedModelError`, `UnsupportedUseError`, `PlanError` or `ConfigError` before anything is changed.
     """
     if not isinstance(method, Method):
@@ -96,13 +95,14 @@ class Handle:
         recompute = {} if self.offload is None else self.offload.recompute
         roles = dict(zip(self.planned_layers, self.plan.roles, strict=True))
         self._attention = PagedAttention(roles, self._selector, model.config._attn_implementation, recompute)
+        self._fused: list[Fused] = []
         self._undo = contextlib.ExitStack()
         if any(parameter.device.type == "cpu" for parameter in model.parameters()):
             native.library()  # compiled now, or the first token would wait for it
         with contextlib.ExitStack() as undo:
             self._install(undo)
             if model.device.type == "cuda" if fuse is None else fuse:
-                fuse_projections(model, undo)
+                self._fused = fuse_projections(model, undo)
             self._undo = undo.pop_all()
 
     @property
@@ -209,6 +209,7 @@ class Handle:
         undo.callback(inner.register_forward_pre_hook(self._before, with_kwargs=True).remove)
         undo.callback(inner.register_forward_hook(self._after, always_call=True).remove)
 
+        defer_stops(undo)
         if self.offload is not None:
             self.offload.install(model, undo)
         for method, override in Generation(model, self.new_cache, self._check_cache, self.announce).overrides().items():
@@ -241,6 +242,8 @@ class Handle:
             self._attention.cache = None
             return kwargs
         self._check_cache(cache)
+        for product in self._fused:
+            product.check()
         inputs = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
         if inputs is None:
             raise UnsupportedUseError("the model was called without input_ids or inputs_embeds")

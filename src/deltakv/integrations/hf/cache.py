@@ -190,6 +190,8 @@ class PagedCache(Cache):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drops the last columns: `-n` drops n; a positive number is the length to keep (transformers before 5.2x)."""
+        if tokens_to_remove == 0 and not any(self.windows):
+            return  # `generate` says so after each step, and nothing has to wait for that
         self.abort()
         self.settle()
         for layer in self._windowed():  # first, because a window that has forgotten refuses

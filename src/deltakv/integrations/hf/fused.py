@@ -1,24 +1,26 @@
 """Projections of one input as one product: QKV, and a gated MLP's gate and up.
 
-A decode step on a GPU reads each weight once and multiplies next to nothing, so small products cost more for being
-products than for their bytes: at 7B dimensions and batch 64 the K and V projections took 15 us where their bytes take 2.
+A decode step on a GPU reads each weight once and multiplies next to nothing, so a small product costs more for being
+one than for its bytes: at 7B dimensions and batch 64 the K and V projections took 15 us where their bytes take 2.
 The weights are laid side by side and the model's own become views of that, so memory stays what it was.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
+from deltakv.errors import UnsupportedUseError
+
 #: Attributes of one module whose linear layers take the same input.
 _TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
-class _Fused:
+class Fused:
     """Linear layers in the order in which they are called. For one token a row, and without gradients, the first call
     computes for all, and the others hand out their share if they get the very same input. Prompts go one by one:
     there it saves nothing, and all results at once would take more memory."""
@@ -28,28 +30,35 @@ class _Fused:
         self._weight = _side_by_side([layer.weight for layer in layers])
         self._bias = None if layers[0].bias is None else _side_by_side([layer.bias for layer in layers])
         self._layers = layers
-        self._input: Tensor | None = None
-        self._shares: list[Tensor] = []
+        self._held: tuple[Tensor, tuple[Tensor, ...]] | None = (
+            None  # replaced as one, so that threads may share a model
+        )
 
     def first(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() or x.dim() != 3 or x.shape[1] != 1 or not self._is_whole():
+        if torch.is_grad_enabled() or x.dim() != 3 or x.shape[1] != 1:
             return nn.Linear.forward(self._layers[0], x)
-        result, *self._shares = nn.functional.linear(x, self._weight, self._bias).split(self._sizes, -1)
-        self._input = x
-        return result
+        shares = nn.functional.linear(x, self._weight, self._bias).split(self._sizes, -1)
+        self._held = (x, shares)
+        return shares[0]
 
     def later(self, index: int, x: Tensor) -> Tensor:
-        if self._input is not x:
+        held = self._held
+        if held is None or held[0] is not x:
             return nn.Linear.forward(self._layers[index], x)
-        result = self._shares[index - 1]
         if index == len(self._layers) - 1:
-            self._input, self._shares = None, []
-        return result
+            self._held = None
+        return held[1][index]
 
-    def _is_whole(self) -> bool:
-        """Whether the layers' weights are still these: moving or casting the model gives them others."""
-        last = self._layers[-1].weight
-        return last.device == self._weight.device and last.dtype == self._weight.dtype
+    def check(self) -> None:
+        """Raises `UnsupportedUseError` if the layers have got other weights since."""
+        at = self._weight.data_ptr()
+        for layer in self._layers:
+            if layer.weight.data_ptr() != at:
+                raise UnsupportedUseError(
+                    "the model was moved or cast, or its weights were replaced, while a method was applied; remove the "
+                    "method first and apply it again afterwards, or apply it with fuse=False"
+                )
+            at += layer.weight.nbytes
 
 
 def _side_by_side(parameters: list[nn.Parameter]) -> Tensor:
@@ -60,35 +69,28 @@ def _side_by_side(parameters: list[nn.Parameter]) -> Tensor:
     return joint
 
 
-def fuse_projections(model: nn.Module, undo: contextlib.ExitStack) -> int:
-    """Fuses what can be: plain linear layers on one device, without hooks, that take the same input. Returns how many
-    products take the place of several. undo: gives every layer its own memory and forward back."""
-    fused = 0
+def fuse_projections(model: nn.Module, undo: contextlib.ExitStack) -> list[Fused]:
+    """Fuses what can be: plain linear layers on one device, without hooks, that take the same input. Returns the
+    products that take the place of several. undo: gives every layer its own memory and forward back."""
+    fused = []
     for module in list(model.modules()):
         for names in _TOGETHER:
             layers = [getattr(module, name, None) for name in names]
             if all(isinstance(layer, nn.Linear) and _is_plain(layer) for layer in layers) and all(
                 _are_alike(one, other) for one, other in pairwise(layers)
             ):
-                _install(layers, undo)
-                fused += 1
+                fused.append(_install(layers, undo))
     return fused
 
 
-def _install(layers: list[nn.Linear], undo: contextlib.ExitStack) -> None:
-    together = _Fused(layers)
+def _install(layers: list[nn.Linear], undo: contextlib.ExitStack) -> Fused:
+    together = Fused(layers)
     for index, layer in enumerate(layers):
         for parameter in layer.parameters(recurse=False):
             undo.callback(_own, parameter)
         undo.callback(layer.__dict__.pop, "forward", None)
-        layer.__dict__["forward"] = together.first if index == 0 else _bind(together, index)
-
-
-def _bind(together: _Fused, index: int) -> Callable[[Tensor], Tensor]:
-    def forward(x: Tensor) -> Tensor:
-        return together.later(index, x)
-
-    return forward
+        layer.__dict__["forward"] = partial(together.later, index) if index else together.first
+    return together
 
 
 def _own(parameter: nn.Parameter) -> None:

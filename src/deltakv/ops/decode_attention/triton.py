@@ -87,8 +87,9 @@ def _attend(
     length = tl.load(lens + row * GROUPS + group)
     first = split * CHUNK
     last = tl.minimum(first + CHUNK, length)
-    if first >= length and split > 0:
-        return
+    if SPLITS > 1:  # noqa: SIM102 (where it is known not to return, nothing waits for the length)
+        if first >= length and split > 0:
+            return
     h, d, t = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_D), tl.arange(0, TILE)
     head = kv_head * SHARED + h
     is_head, in_dim = h < SHARED, d < DIM
@@ -110,7 +111,8 @@ def _attend(
     for start in range(0, last - first, TILE):
         visible = start + t < last - first
         shown = visible[:, None] & in_dim[None, :]
-        page = tl.gather(pages, start // PAGE + t // PAGE, 0)[:, None]
+        # What is loaded ahead may begin beyond the chunk; it is masked, but its place must be one in the chunk.
+        page = tl.gather(pages, (start // PAGE + t // PAGE) % (CHUNK // PAGE), 0)[:, None]
         slot = start % PAGE if PAGE > TILE else 0  # of the tile's first token
         k_at = page * k_page + k_within + slot * k_token
         v_at = k_at if ALIKE else page * v_page + v_within + slot * v_token

@@ -28,6 +28,7 @@ def _score(
     N_HEADS: tl.constexpr,
     TILE: tl.constexpr,
     TILES: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
     """TILES tiles of one row, head after head, so that each thread keeps its tokens. Grid: (blocks, rows)."""
     block, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -39,16 +40,18 @@ def _score(
         return
     tile, slot = block * TILES + tl.arange(0, TILES), tl.arange(0, TILE)
     begun = tile * TILE < length
-    visible = tile[:, None] * TILE + slot[None, :] < length
+    token = tile[:, None] * TILE + slot[None, :]
+    # Pages are there to their end: loads that stop at a page and not at a token are as wide as can be.
+    held = token // PAGE * PAGE < length
     best = tl.full([TILES, TILE], float("-inf"), tl.float32)
-    for head in range(N_HEADS):
+    for head in tl.range(N_HEADS, loop_unroll_factor=UNROLL):
         peak = tl.load(peaks + row * peaks_row + tile * peaks_tile + head, mask=begun, other=0.0)
         norm = tl.load(lse + row * N_HEADS + head)
         where = row * logits_row + tile * logits_tile + head * logits_head
-        logit = tl.load(logits + where[:, None] + slot[None, :], mask=visible, other=float("-inf"))
+        logit = tl.load(logits + where[:, None] + slot[None, :], mask=held, other=float("-inf"))
         # The largest probability is that of the largest logit less its log-sum-exp.
         best = tl.maximum(best, logit.to(tl.float32) + (peak - norm)[:, None])
-    weight = tl.where(visible, tl.exp(best), 0.0)
+    weight = tl.where(token < length, tl.exp(best), 0.0)
     total = tl.sum(tl.reshape(weight, [PAGES, PAGE]), 1)
     tl.store(scores + row * width + page, total, mask=page < width)
 
@@ -76,6 +79,7 @@ def page_scores(logits: Tensor, peaks: Tensor, lse: Tensor, seq_lens: Tensor, pa
             N_HEADS=n_heads,
             TILE=tile,
             TILES=together,
+            UNROLL=4,
             num_warps=4,
         )
     return scores
