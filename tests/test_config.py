@@ -133,7 +133,17 @@ class TestByName:
     """As a command line or a server's config writes them."""
 
     def test_every_method_has_its_name_and_selector(self) -> None:
-        assert set(REGISTRY) == {"delta", "full"}
+        assert set(REGISTRY) == {
+            "delta",
+            "full",
+            "lessismore",
+            "quest",
+            "refreshkv",
+            "streaming",
+            "tactic",
+            "tidal",
+            "tokenselect",
+        }
         for name, config in REGISTRY.items():
             assert config.algorithm == name
             assert selector(config()) is not None

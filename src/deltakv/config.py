@@ -5,6 +5,7 @@ Budgets are given in tokens and count whole pages.
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,15 +15,31 @@ from deltakv.plan import LayerPlan, PlanSpec, resolve
 PAGE_SIZES = (16, 32, 64, 128)
 
 
+class Sees(enum.Enum):
+    """What the pick of a SELECT layer rests on: this settles when the layer picks, and what it reads."""
+
+    SOFTMAX = "softmax"  #: its own attention over the whole row: it attends in full, and picks afterwards
+    KEYS = "keys"  #: its query on all K: it picks first, and attends to its pick
+    BOUNDS = "bounds"  #: the least and the greatest K of each page: it picks first, and attends to its pick
+    LENGTHS = "lengths"  #: how long the row is, and no more: it picks first, and attends to its pick
+
+
 @dataclass(frozen=True, kw_only=True)
 class Method:
     """What all methods share.
 
     page_size: tokens a KV page, one of 16, 32, 64, 128.
-    plan: a `LayerPlan`, a preset's name, one letter a layer, a file, or None for the default by depth.
+    plan: a `LayerPlan`, a preset's name, one letter a layer, a file, or None for the method's own default by depth.
+    sees: what its SELECT layers pick by. remembers: whether a pick outlives its step, so that rows have a past of
+        queries beside that of K and V. by_head: whether the pick needs what each head sees apart, and so all heads in
+        one place. default_plan: the preset that `plan=None` means.
     """
 
     algorithm: ClassVar[str]
+    sees: ClassVar[Sees] = Sees.SOFTMAX
+    remembers: ClassVar[bool] = False
+    by_head: ClassVar[bool] = False
+    default_plan: ClassVar[str | None] = None
 
     page_size: int = 16
     plan: PlanSpec = None
@@ -33,11 +50,38 @@ class Method:
 
     def layer_plan(self, depth: int) -> LayerPlan:
         """The plan for a model with `depth` layers to plan. Raises `PlanError` if there is none."""
-        return resolve(self.plan, depth)
+        return resolve(self.default_plan if self.plan is None else self.plan, depth)
+
+    @property
+    def attends_to_own_pick(self) -> bool:
+        """Whether a SELECT layer attends to what it has picked, and not to everything."""
+        return self.sees is not Sees.SOFTMAX or self.remembers
 
     def kept_pages(self, length: int) -> int:
         """Pages that a REUSE layer reads of a row of `length` tokens; all, unless the method says less."""
         return -(-length // self.page_size)
+
+    def kept_tokens(self, length: int) -> int:
+        """Tokens on these pages: whole pages, but the last one of the text may be partly filled."""
+        return self.kept_pages(length) * self.page_size - -length % self.page_size
+
+    def select_tokens(self, length: int) -> int:
+        """What a SELECT layer reads of a row of `length` tokens, in tokens' worth of K and V (K alone is half a
+        token's, the bounds of a page are one token's). On average over steps, for methods that do not pick in each."""
+        if self.sees is Sees.SOFTMAX:
+            return length
+        looked_at = {Sees.KEYS: -(-length // 2), Sees.BOUNDS: -(-length // self.page_size), Sees.LENGTHS: 0}
+        return self.kept_tokens(length) + looked_at[self.sees]
+
+    def _share(self, name: str, *, zero: bool = False) -> None:
+        """Raises `ConfigError` if the field `name` is not a number above 0 (`zero`: or 0) and at most 1."""
+        share = getattr(self, name)
+        if (
+            isinstance(share, bool)
+            or not isinstance(share, int | float)
+            or not (0 < share <= 1 or (zero and share == 0))
+        ):
+            raise ConfigError(f"{name}={share!r} must be a number {'from 0' if zero else 'above 0'} to 1")
 
     def _pages(self, name: str, least: int) -> int:
         """The field `name` in whole pages. Raises `ConfigError` if it is not a whole number of at least `least`."""
@@ -74,22 +118,20 @@ class Full(Method):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Delta(Method):
-    """DELTA (arXiv 2510.09883): Δ-layers attend in full and pick the pages that all later layers attend to.
+class Budgeted(Method):
+    """What methods share that keep sinks, recent tokens and the best of the rest.
 
-    budget: tokens a REUSE layer attends to, sinks and recent ones included.
-    recent: the last tokens, always kept; at least one page.
-    sinks: the first tokens, always kept; may be 0 (as in the paper).
-    min_context: a row of at most that many tokens stays dense, because there sparse gains nothing.
+    budget: tokens that a sparse layer attends to, sinks and recent ones included.
+    recent: the last tokens, always kept; at least one page, that of the current token.
+    sinks: the first tokens, always kept; may be 0.
+    min_context: a row of at most that many tokens stays dense.
     `budget`, `recent` and `sinks` are multiples of `page_size`. Raises `ConfigError` if they do not hold together.
     """
 
-    algorithm: ClassVar[str] = "delta"
-
     budget: int = 1024
-    recent: int = 128
+    recent: int = 16
     sinks: int = 16
-    min_context: int = 2048
+    min_context: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -116,3 +158,165 @@ class Delta(Method):
     @property
     def sink_pages(self) -> int:
         return self._pages("sinks", least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Delta(Budgeted):
+    """DELTA (arXiv 2510.09883): Δ-layers attend in full and pick the pages that all later layers attend to.
+
+    budget: tokens a REUSE layer attends to, sinks and recent ones included.
+    recent: the last tokens, always kept; at least one page.
+    sinks: the first tokens, always kept; may be 0 (as in the paper).
+    min_context: a row of at most that many tokens stays dense, because there sparse gains nothing.
+    `budget`, `recent` and `sinks` are multiples of `page_size`. Raises `ConfigError` if they do not hold together.
+    """
+
+    algorithm: ClassVar[str] = "delta"
+
+    recent: int = 128
+    min_context: int = 2048
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamingLLM(Method):
+    """StreamingLLM (arXiv 2309.17453): the first tokens and the last ones in every layer, whatever the query.
+
+    window: the last tokens; at least one page. sinks: the first tokens; may be 0. Both multiples of `page_size`.
+    """
+
+    algorithm: ClassVar[str] = "streaming"
+    sees: ClassVar[Sees] = Sees.LENGTHS
+    default_plan: ClassVar[str | None] = "first"
+
+    window: int = 1008
+    sinks: int = 16
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._pages("window", least=1)
+        self._pages("sinks", least=0)
+
+    def kept_pages(self, length: int) -> int:
+        return min(super().kept_pages(length), self.recent_pages + self.sink_pages)
+
+    @property
+    def recent_pages(self) -> int:
+        return self._pages("window", least=1)
+
+    @property
+    def sink_pages(self) -> int:
+        return self._pages("sinks", least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quest(Budgeted):
+    """Quest (arXiv 2406.10774): every layer but the first two picks pages by a bound on what they could be worth."""
+
+    algorithm: ClassVar[str] = "quest"
+    sees: ClassVar[Sees] = Sees.BOUNDS
+    default_plan: ClassVar[str | None] = "quest"
+
+    sinks: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TidalDecode(Budgeted):
+    """TidalDecode (arXiv 2410.05076): two layers pick by their best tokens, all others reuse the pick."""
+
+    algorithm: ClassVar[str] = "tidal"
+    default_plan: ClassVar[str | None] = "tidal"
+
+    sinks: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LessIsMore(Budgeted):
+    """LessIsMore (arXiv 2508.07101): the heads' own rankings merged to one pick, a fixed share of it recent.
+
+    recency: the share of the budget that the last tokens get, in place of `recent`, rounded to whole pages; above 0
+        (at least a page) and at most 1.
+    """
+
+    algorithm: ClassVar[str] = "lessismore"
+    by_head: ClassVar[bool] = True
+    default_plan: ClassVar[str | None] = "tidal"
+
+    recency: float = 0.25
+    sinks: int = 0
+
+    def __post_init__(self) -> None:
+        self._share("recency")
+        if self.recent != type(self).recent:
+            raise ConfigError(f"recent={self.recent!r}: the recent tokens are a share of the budget; give recency=0.25")
+        super().__post_init__()
+
+    @property
+    def recent_pages(self) -> int:
+        return max(1, round(self.recency * self.budget_pages))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tactic(Budgeted):
+    """Tactic (arXiv 2502.12216): as many pages as hold a given share of the attention.
+
+    mass: that share, above 0 and at most 1. budget: the most tokens that may be kept for it.
+    """
+
+    algorithm: ClassVar[str] = "tactic"
+    by_head: ClassVar[bool] = True
+
+    mass: float = 0.9
+    budget: int = 2048
+    sinks: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._share("mass")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenSelect(Budgeted):
+    """TokenSelect (arXiv 2411.02886): in every layer the heads vote; a query like the last one reuses its votes.
+
+    similarity: the cosine between queries above which the last votes stand; 1 has every step vote.
+    """
+
+    algorithm: ClassVar[str] = "tokenselect"
+    sees: ClassVar[Sees] = Sees.KEYS
+    remembers: ClassVar[bool] = True
+    by_head: ClassVar[bool] = True
+    default_plan: ClassVar[str | None] = "every"
+
+    similarity: float = 0.9
+    recent: int = 128
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._share("similarity", zero=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefreshKV(Budgeted):
+    """RefreshKV (arXiv 2411.05787): full attention now and then, and in between what it has found best.
+
+    stride: the steps after which a layer looks whether its query has drifted; at least 1.
+    similarity: the cosine to the query of the last full step above which it has not; 1 refreshes every `stride` steps,
+        0 only where the query has turned away.
+    """
+
+    algorithm: ClassVar[str] = "refreshkv"
+    remembers: ClassVar[bool] = True
+    default_plan: ClassVar[str | None] = "every"
+
+    stride: int = 10
+    similarity: float = 0.95
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._share("similarity", zero=True)
+        if not isinstance(self.stride, int) or isinstance(self.stride, bool) or self.stride < 1:
+            raise ConfigError(f"stride={self.stride!r} must be a whole number of steps, 1 or more")
+
+    def select_tokens(self, length: int) -> int:
+        kept = self.kept_tokens(length)
+        return kept + -(-(length - kept) // self.stride)

@@ -16,10 +16,11 @@ from deltakv.integrations.hf.cache import PagedCache
 from deltakv.integrations.hf.host_cache import HostCache
 from deltakv.integrations.hf.layers import as_autocast
 from deltakv.integrations.hf.positions import Positions
-from deltakv.integrations.hf.step import Chunk, Pick, Step
-from deltakv.methods import Selector, SoftmaxStats
+from deltakv.integrations.hf.selecting import Selecting
+from deltakv.integrations.hf.step import Chunk, Step
+from deltakv.methods import Memory
 from deltakv.offload.layer import Recompute
-from deltakv.ops import decode_attention, decode_attention_stats, prefill_attention, row_kv
+from deltakv.ops import decode_attention, prefill_attention, row_kv
 from deltakv.plan import Role
 
 
@@ -40,16 +41,16 @@ class _Inference(torch.autograd.Function):
 class PagedAttention:
     """Attention of the planned layers through the paged cache; all other calls go to the model's own function.
 
-    roles: the role of each planned layer, by its index in the model.
+    roles: the role of each planned layer, by its index in the model. selecting: what its SELECT layers do.
     original: the name of the attention implementation that the model had.
     recompute: by layer, how K and V are made from its input again; for a cache in host memory.
     """
 
     def __init__(
-        self, roles: dict[int, Role], selector: Selector, original: str, recompute: dict[int, Recompute]
+        self, roles: dict[int, Role], selecting: Selecting, original: str, recompute: dict[int, Recompute]
     ) -> None:
         self.roles = roles
-        self.selector = selector
+        self.selecting = selecting
         self.original = original
         self.recompute = recompute
         self._thread = threading.local()
@@ -138,21 +139,11 @@ class PagedAttention:
             assert step.pick is not None, "a plan has a SELECT layer before any REUSE layer"
             table, lens = step.pick.on(query.device)
             return decode_attention(query, k_pool, v_pool, table, lens, scale, sinks)
+        if role is Role.SELECT:
+            known = self.cache.state.known
+            return self.selecting.attend(step, known, layer, query, k_pool, v_pool, scale, sinks)
         table, lens = step.on(query.device, "block_table"), step.on(query.device, "seq_lens")
-        if role is Role.FULL:
-            return decode_attention(query, k_pool, v_pool, table, lens, scale, sinks)
-        out, logits, peaks, lse = decode_attention_stats(query, k_pool, v_pool, table, lens, scale, sinks)
-        page_size = self.cache.page_size
-        picks = self.selector.pick(SoftmaxStats(logits, peaks, lse, lens[:, 0], page_size))
-        missing = -lens[:, 0] % page_size  # empty slots of the last page
-        step.pick = Pick(
-            layer=layer,
-            pages=picks,
-            block_table=table[:, 0].gather(1, picks.pages.long())[:, None],
-            seq_lens=(picks.n_kept * page_size - missing)[:, None],
-        )
-        step.picks.append(step.pick)
-        return out
+        return decode_attention(query, k_pool, v_pool, table, lens, scale, sinks)
 
     def _prefill(
         self,
@@ -179,10 +170,16 @@ class PagedAttention:
         k_pool, v_pool = self.cache.state.pool.layer(layer)
         query = query.transpose(1, 2)
         out = torch.zeros_like(query, memory_format=torch.contiguous_format)
+        known = self.cache.state.known
+        memories = [known.of_row(layer, row) if role is Role.SELECT else None for row in range(len(query))]
         for row, tokens in enumerate(step.append.lengths):
             columns = step.real[row].nonzero().flatten()
             if len(columns) == 0:
                 continue
             k, v = row_kv(k_pool, v_pool, step.block_table[row, 0], tokens)
-            out[row, columns] = self.positions.attend(row, layer, role, query[row, columns], k, v, scale, sinks)
+            seen = query[row, columns], k, v, scale, sinks
+            out[row, columns], memories[row] = self.positions.attend(row, layer, role, *seen, memories[row])
+        if kept := [memory for memory in memories if memory is not None]:
+            parts = [[getattr(memory, name) for memory in kept] for name in ("scores", "query", "seen")]
+            step.memories[layer] = Memory(*map(torch.cat, parts))
         return out

@@ -1,0 +1,173 @@
+"""What a method knows of a cache's rows between steps: bounds of pages, and memories of queries.
+
+Tensors with rows first, one set a SELECT layer. They belong to one handle: another method on the same cache starts with
+none. While rows decode, steps move them on in place and the host looks at nothing; before that, and whenever rows have
+changed in another way, the host brings them up to date (`prepare`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from deltakv.cache.pool import KVPool
+from deltakv.cache.rows import Row
+from deltakv.config import Method, Sees
+from deltakv.integrations.hf.decoding import mark_static
+from deltakv.methods import Memory
+
+#: Pages whose bounds are found at once.
+_BLOCK = 256
+
+
+class Known:
+    """owner: the name of the handle whose method knows this. layers: its SELECT layers' tensors, by name.
+
+    bounded: by row, the leading pages whose bounds are known.
+    """
+
+    def __init__(self) -> None:
+        self.owner = ""
+        self.layers: dict[int, dict[str, Tensor]] = {}
+        self.bounded: list[int] = []
+
+    def ready(self, owner: str, rows: int, width: int) -> bool:
+        """Whether nothing has to be prepared for tables of that width, as far as shapes tell."""
+        fits = all(len(t) == rows and t.shape[1] >= width for x in self.layers.values() for t in _by_page(x))
+        return self.owner == owner and fits
+
+    def prepare(
+        self,
+        owner: str,
+        method: Method,
+        select: Sequence[int],
+        n_heads: int,
+        pool: KVPool,
+        rows: Sequence[Row],
+        width: int,
+        *,
+        static: bool,
+    ) -> None:
+        """Makes room for tables of `width` pages, and finds the bounds of full pages that are not known yet.
+
+        select: the method's SELECT layers. n_heads: query heads. rows: as they are committed.
+        """
+        if self.owner != owner or any(len(t) != len(rows) for x in self.layers.values() for t in x.values()):
+            self.clear()
+            self.owner = owner
+        bounds = method.sees is Sees.BOUNDS
+        if not bounds and not method.remembers:
+            return
+        self.bounded = self.bounded or [0] * len(rows)
+        for layer in select:
+            k, _ = pool.layer(layer)
+            _, page_size, n_kv, dim = k.shape
+            shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+            if bounds:
+                shapes |= dict.fromkeys(("low", "high"), ((len(rows), width, n_kv, dim), k.dtype))
+            if method.remembers:
+                shapes |= {
+                    "scores": ((len(rows), width), torch.float32),
+                    "query": ((len(rows), n_heads, dim), torch.float32),
+                    "seen": ((len(rows),), torch.int32),
+                }
+            self._fit(layer, shapes, k.device, static)
+            if bounds:
+                self._find_bounds(layer, k, rows, page_size)
+        if bounds:
+            self.bounded = [row.length // pool.page_size for row in rows]
+
+    def memory(self, layer: int, width: int) -> Memory:
+        """The memory of a layer, over the first `width` pages; a view."""
+        known = self.layers[layer]
+        return Memory(known["scores"][:, :width], known["query"], known["seen"])
+
+    def of_row(self, layer: int, row: int) -> Memory | None:
+        """The memory of one row, if the method has any."""
+        known = self.layers.get(layer, {})
+        if "seen" not in known:
+            return None
+        return Memory(*(known[name][row : row + 1] for name in ("scores", "query", "seen")))
+
+    def remember(self, layer: int, memory: Memory, row: slice = slice(None)) -> None:
+        """A step counts: what it remembers stands from now on, for all rows or for some. Can be traced."""
+        known = self.layers[layer]
+        known["scores"][row, : memory.scores.shape[1]].copy_(memory.scores)
+        known["query"][row].copy_(memory.query)
+        known["seen"][row].copy_(memory.seen)
+
+    def note_page(self, layer: int, k_pool: Tensor, pages: Tensor, seq_lens: Tensor) -> tuple[Tensor, Tensor]:
+        """Finds the bounds of each row's last page anew, from `k_pool` at the physical `pages`, int64 [rows]; when the
+        row goes on to the next page, they are right. seq_lens: int32 [rows]. Returns `low` and `high`. Can be
+        traced."""
+        low, high = self.layers[layer]["low"], self.layers[layer]["high"]
+        page_size = k_pool.shape[1]
+        last = (seq_lens - 1).clamp_min(0)
+        row = torch.arange(len(seq_lens), device=low.device)
+        at = (last // page_size).long()
+        k = k_pool[pages]
+        real = (torch.arange(page_size, device=k.device) <= (last % page_size)[:, None])[..., None, None]
+        live = (seq_lens > 0)[:, None, None]  # a row that has finished has written nothing
+        low[row, at] = torch.where(live, torch.where(real, k, float("inf")).amin(1), low[row, at])
+        high[row, at] = torch.where(live, torch.where(real, k, float("-inf")).amax(1), high[row, at])
+        return low, high
+
+    def grown(self, lengths: Sequence[int], page_size: int) -> None:
+        """Rows have come to `lengths` by steps that noted their pages."""
+        if self.bounded:
+            self.bounded = [length // page_size for length in lengths]
+
+    def truncated(self, lengths: Sequence[int], page_size: int) -> None:
+        """Tokens were dropped, or came in another way than by decoding: the queries of the past are no past any
+        more."""
+        if self.bounded:
+            self.bounded = [min(old, n // page_size) for old, n in zip(self.bounded, lengths, strict=True)]
+        for known in self.layers.values():
+            if "seen" in known:
+                known["seen"].zero_()
+
+    def rearrange(self, indices: Sequence[int]) -> None:
+        """New row i is old row `indices[i]`."""
+        if self.bounded:
+            self.bounded = [self.bounded[index] for index in indices]
+        for known in self.layers.values():
+            for name, tensor in known.items():
+                chosen = tensor[torch.tensor(indices, device=tensor.device)]
+                if chosen.shape == tensor.shape:
+                    tensor.copy_(chosen)
+                else:
+                    known[name] = chosen
+
+    def clear(self) -> None:
+        self.owner, self.layers, self.bounded = "", {}, []
+
+    def _fit(
+        self, layer: int, shapes: dict[str, tuple[tuple[int, ...], torch.dtype]], device: torch.device, static: bool
+    ) -> None:
+        known = self.layers.setdefault(layer, {})
+        for name, (shape, dtype) in shapes.items():
+            old = known.get(name)
+            if old is not None and (name in ("query", "seen") or old.shape[1] >= shape[1]):
+                continue
+            with torch.inference_mode(False):  # made in inference mode, it could not be written outside of it
+                new = torch.zeros(shape, dtype=dtype, device=device)
+                if old is not None:
+                    new[:, : old.shape[1]] = old
+            if static:
+                mark_static(new)
+            known[name] = new
+
+    def _find_bounds(self, layer: int, k: Tensor, rows: Sequence[Row], page_size: int) -> None:
+        low, high = self.layers[layer]["low"], self.layers[layer]["high"]
+        for index, row in enumerate(rows):
+            for first in range(self.bounded[index], row.length // page_size, _BLOCK):
+                pages = row.pages[first : min(first + _BLOCK, row.length // page_size)]
+                some = k[torch.tensor(pages, device=k.device)]
+                low[index, first : first + len(pages)] = some.amin(1)
+                high[index, first : first + len(pages)] = some.amax(1)
+
+
+def _by_page(known: dict[str, Tensor]) -> list[Tensor]:
+    return [tensor for name, tensor in known.items() if name in ("low", "high", "scores")]
