@@ -11,7 +11,18 @@ trained, nothing is evicted.
 
 from typing import TYPE_CHECKING, Any
 
-from deltakv.config import Delta, Full, Method
+from deltakv.config import (
+    Delta,
+    Full,
+    LessIsMore,
+    Method,
+    Quest,
+    RefreshKV,
+    StreamingLLM,
+    Tactic,
+    TidalDecode,
+    TokenSelect,
+)
 from deltakv.errors import (
     ConfigError,
     DeltaKVError,
@@ -38,13 +49,20 @@ __all__ = [
     "Host",
     "InputError",
     "LayerPlan",
+    "LessIsMore",
     "MaskError",
     "Method",
     "OffloadError",
     "PagedCache",
     "PlanError",
+    "Quest",
+    "RefreshKV",
     "Role",
     "Statistics",
+    "StreamingLLM",
+    "Tactic",
+    "TidalDecode",
+    "TokenSelect",
     "Trace",
     "UnsupportedModelError",
     "UnsupportedUseError",

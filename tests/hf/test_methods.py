@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
+from transformers import CompileConfig
 
 import deltakv
 from deltakv.methods import parse
@@ -183,6 +185,26 @@ def test_ragged_generation_equals_its_rows_alone(model_of: Any, name: str) -> No
         for index, row in enumerate(rows):
             alone = greedy(model, left_padded([row]), 20)
             assert_close(together.logits[:, index], alone.logits[:, 0])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_compiled_step_is_one_graph(model_of: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No look at a value, so that a GPU can capture it; and what is known moves on in place."""
+    monkeypatch.undo()  # poisoned memory is Python that dynamo would trace into
+    torch._dynamo.reset()
+    counters.clear()
+    config = CompileConfig(fullgraph=True, backend="eager", mode=None)
+    config._compile_all_devices = True
+    model, batch = model_of("llama"), ragged(90, 60)
+    with deltakv.apply(model, small(name, "llama")) as handle:
+        plain = greedy(model, batch, 40)
+        counted = counts(handle)
+        handle.stats.reset()
+        compiled = greedy(model, batch, 40, compile_config=config)
+        assert counts(handle) == counted
+        assert counters["stats"]["unique_graphs"] == 1
+    torch._dynamo.reset()
+    assert_close(compiled.logits, plain.logits)
 
 
 @pytest.mark.parametrize("name", METHODS)
