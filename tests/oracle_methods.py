@@ -6,6 +6,7 @@ each decode position picks, one position after the other.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -194,6 +195,75 @@ class RefreshKV(Remembering):
         return Choice(pages, scores, everything=due, due=due)
 
 
+class Evicting(Rule):
+    """What is left of the row's pages, and what its own queries have seen of them."""
+
+    def __init__(self, *args: Any, lag: int, **more: Any) -> None:
+        super().__init__(*args, **more)
+        self.lag, self.steps, self.gone = lag, 0, set[int]()
+
+    def seen(self, page: int, heads: list[float]) -> None:
+        """heads: the attention of each on the page at this step."""
+        raise NotImplementedError
+
+    def worth(self, page: int) -> float:
+        raise NotImplementedError
+
+    def at(self, q: Tensor, k: Tensor, scale: float, sinks: Tensor | None) -> Choice:
+        t, n = len(k), self.pages(len(k))
+        budget, recent, first, _ = self.limits
+        left = [page for page in range(n) if page not in self.gone]
+        visible = torch.tensor([token // self.page_size in left for token in range(t)])
+        _, p = attention(q, k, k, visible, scale, sinks)
+        self.steps += 1
+        for page in left:
+            self.seen(page, p[:, page * self.page_size : (page + 1) * self.page_size].sum(1).tolist())
+        if self.steps % self.lag == 0 and n > budget:
+            forced = [page for page in left if page < first or page >= n - recent]
+            rest = sorted(set(left) - set(forced), key=lambda page: (-self.worth(page), page))
+            self.gone |= set(rest[budget - len(forced) :])
+        return Choice(left, [0.0] * n)
+
+
+class H2O(Evicting):
+    forgetting = 1.0
+
+    def __init__(self, *args: Any, **more: Any) -> None:
+        super().__init__(*args, **more)
+        self.sums: dict[int, float] = {}
+
+    def seen(self, page: int, heads: list[float]) -> None:
+        self.sums[page] = self.sums.get(page, 0.0) * self.forgetting + sum(heads)
+
+    def worth(self, page: int) -> float:
+        return self.sums[page]
+
+
+class A2SF(H2O):
+    def __init__(self, *args: Any, forgetting: float, **more: Any) -> None:
+        super().__init__(*args, **more)
+        self.forgetting = forgetting
+
+
+class LazyEviction(Evicting):
+    def __init__(self, *args: Any, alpha: float, **more: Any) -> None:
+        super().__init__(*args, **more)
+        self.alpha = alpha
+        self.active: dict[int, list[int]] = {}
+
+    def seen(self, page: int, heads: list[float]) -> None:
+        if max(heads) >= self.alpha:
+            self.active.setdefault(page, []).append(self.steps)
+
+    def worth(self, page: int) -> float:
+        times = self.active.get(page, [])
+        if times and times[-1] == self.steps:
+            return 0.0
+        if len(times) < 2:
+            return -math.inf
+        return -(self.steps - times[-1]) / max(b - a for a, b in itertools.pairwise(times))
+
+
 RULES: dict[str, type[Rule]] = {
     "streaming": Streaming,
     "quest": Quest,
@@ -202,6 +272,9 @@ RULES: dict[str, type[Rule]] = {
     "tactic": Tactic,
     "tokenselect": TokenSelect,
     "refreshkv": RefreshKV,
+    "h2o": H2O,
+    "a2sf": A2SF,
+    "lazyeviction": LazyEviction,
 }
 
 

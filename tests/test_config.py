@@ -134,6 +134,9 @@ class TestByName:
 
     def test_every_method_has_its_name_and_selector(self) -> None:
         assert set(REGISTRY) == {
+            "a2sf",
+            "h2o",
+            "lazyeviction",
             "delta",
             "full",
             "lessismore",
@@ -158,7 +161,7 @@ class TestByName:
     @pytest.mark.parametrize(
         ("text", "message"),
         [
-            ("quests", "unknown method 'quests'; allowed are delta, full"),
+            ("quests", "unknown method 'quests'; allowed are a2sf, delta, full"),
             ("quest:similarity=1", "method 'quest' has no option 'similarity'"),
             ("tactic:mass=most", "mass='most' in method .* is not a number"),
             ("tactic:mass=0", "mass=0.0 must be a number above 0 to 1"),
@@ -172,6 +175,9 @@ class TestByName:
             ("streaming:window=0", "window=0 must be at least 16 tokens"),
             ("streaming:window=40", "window=40 is not a multiple"),
             ("quest:budget=16,sinks=16", "do not fit into budget=16"),
+            ("h2o:lag=0", "lag=0 must be a whole number of steps"),
+            ("a2sf:forgetting=1.5", "forgetting=1.5 must be a number above 0 to 1"),
+            ("lazyeviction:alpha=0", "alpha=0.0 must be a number above 0 to 1"),
             ("", "unknown method ''"),
             ("delta:budgets=512", "method 'delta' has no option 'budgets'; allowed are .*budget"),
             ("full:budget=512", "method 'full' has no option 'budget'"),
@@ -208,6 +214,12 @@ class TestByName:
         assert parse("tokenselect:budget=512").select_tokens(1000) == kept + 500
         assert parse("refreshkv:budget=512,stride=10").select_tokens(1000) == kept + 50
         assert parse("streaming:window=496").select_tokens(1000) == kept
+
+    def test_evicting_methods_have_nothing_to_reuse(self) -> None:
+        assert str(parse("h2o").layer_plan(4)) == "SSSS"
+        assert str(parse("h2o:plan=FSSS").layer_plan(4)) == "FSSS"
+        with pytest.raises(deltakv.PlanError, match="'h2o' evicts in each layer by itself, and layer 2 is REUSE"):
+            parse("h2o:plan=FSRS").layer_plan(4)
 
     def test_from_options(self) -> None:
         assert from_options("delta", {"budget": 256, "recent": 32}) == deltakv.Delta(budget=256, recent=32)

@@ -9,8 +9,8 @@ import enum
 from dataclasses import dataclass
 from typing import ClassVar
 
-from deltakv.errors import ConfigError
-from deltakv.plan import LayerPlan, PlanSpec, resolve
+from deltakv.errors import ConfigError, PlanError
+from deltakv.plan import LayerPlan, PlanSpec, Role, resolve
 
 PAGE_SIZES = (16, 32, 64, 128)
 
@@ -31,13 +31,15 @@ class Method:
     page_size: tokens a KV page, one of 16, 32, 64, 128.
     plan: a `LayerPlan`, a preset's name, one letter a layer, a file, or None for the method's own default by depth.
     sees: what its SELECT layers pick by. remembers: whether a pick outlives its step, so that rows have a past of
-        queries beside that of K and V. by_head: whether the pick needs what each head sees apart, and so all heads in
-        one place. default_plan: the preset that `plan=None` means.
+        queries beside that of K and V. evicts: whether pages that were dropped once never come back. by_head: whether
+        the pick needs what each head sees apart, and so all heads in one place. default_plan: the preset that
+        `plan=None` means.
     """
 
     algorithm: ClassVar[str]
     sees: ClassVar[Sees] = Sees.SOFTMAX
     remembers: ClassVar[bool] = False
+    evicts: ClassVar[bool] = False
     by_head: ClassVar[bool] = False
     default_plan: ClassVar[str | None] = None
 
@@ -320,3 +322,86 @@ class RefreshKV(Budgeted):
     def select_tokens(self, length: int) -> int:
         kept = self.kept_tokens(length)
         return kept + -(-(length - kept) // self.stride)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evicting(Budgeted):
+    """What methods share that drop pages for good, each layer by what its own queries have seen of them.
+
+    lag: the steps from one eviction to the next, and before the first, since nothing is known of a prompt; at least 1.
+        Between evictions a layer holds up to that many tokens more than `budget`.
+    Every layer either SELECTs or is FULL, and then keeps everything: there is no pick to reuse.
+    """
+
+    remembers: ClassVar[bool] = True
+    evicts: ClassVar[bool] = True
+    by_head: ClassVar[bool] = True
+    default_plan: ClassVar[str | None] = "every"
+
+    lag: int = 16
+    sinks: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.lag, int) or isinstance(self.lag, bool) or self.lag < 1:
+            raise ConfigError(f"lag={self.lag!r} must be a whole number of steps, 1 or more")
+
+    def layer_plan(self, depth: int) -> LayerPlan:
+        plan = super().layer_plan(depth)
+        if reusing := plan.layers(Role.REUSE):
+            raise PlanError(
+                f"method {self.algorithm!r} evicts in each layer by itself, and layer {reusing[0]} is REUSE; "
+                f"make it 'S' (evicts) or 'F' (keeps everything) (plan: {plan})"
+            )
+        return plan
+
+    def kept_pages(self, length: int) -> int:
+        """The most between two evictions."""
+        pages = -(-length // self.page_size)
+        return pages if length <= self.min_context else min(pages, self.budget_pages + -(-self.lag // self.page_size))
+
+    def select_tokens(self, length: int) -> int:
+        return self.kept_tokens(length)
+
+
+@dataclass(frozen=True, kw_only=True)
+class H2O(Evicting):
+    """H2O (arXiv 2306.14048): heavy hitters by the attention that they have had so far, and as many recent tokens."""
+
+    algorithm: ClassVar[str] = "h2o"
+
+    recent: int = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class A2SF(Evicting):
+    """A2SF (arXiv 2407.20485): as H2O, with attention that is forgotten as it ages.
+
+    forgetting: what a step leaves of the attention before it, above 0 and at most 1, which is H2O.
+    """
+
+    algorithm: ClassVar[str] = "a2sf"
+
+    forgetting: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._share("forgetting")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LazyEviction(Evicting):
+    """LazyEviction (arXiv 2506.15969): drops what has been quiet for long, next to its own longest quiet so far.
+
+    alpha: the attention of a head that makes a page active, above 0 and at most 1.
+    """
+
+    algorithm: ClassVar[str] = "lazyeviction"
+
+    alpha: float = 0.001
+    lag: int = 128
+    recent: int = 128
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._share("alpha")

@@ -7,8 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 from deltakv.config import (
+    A2SF,
+    H2O,
     Delta,
     Full,
+    LazyEviction,
     LessIsMore,
     Method,
     Quest,
@@ -19,11 +22,14 @@ from deltakv.config import (
     TokenSelect,
 )
 from deltakv.errors import ConfigError
-from deltakv.methods.base import Lengths, PageBounds, Picks, Refresher, Selector, SoftmaxStats
+from deltakv.methods.a2sf import A2SFEvictor
+from deltakv.methods.base import Evictor, Lengths, PageBounds, Picks, Refresher, Selector, SoftmaxStats, listed, marked
 from deltakv.methods.delta import DeltaSelector
 from deltakv.methods.full import FullSelector
+from deltakv.methods.h2o import H2OEvictor
+from deltakv.methods.lazyeviction import LazyEvictor
 from deltakv.methods.lessismore import LessIsMoreSelector
-from deltakv.methods.memory import Memory
+from deltakv.methods.memory import Memory, Tally
 from deltakv.methods.quest import QuestSelector
 from deltakv.methods.refreshkv import RefreshKVSelector
 from deltakv.methods.streaming import StreamingSelector
@@ -34,13 +40,14 @@ from deltakv.methods.tokenselect import TokenSelectSelector
 #: Config classes by the name that a command line or a server's config gives them.
 REGISTRY: dict[str, type[Method]] = {}
 
-_SELECTORS: dict[type[Method], Callable[[Any], Selector | Refresher]] = {}
+_SELECTORS: dict[type[Method], Callable[[Any], Selector | Refresher | Evictor]] = {}
 
 
-def register(config: type[Method], selector: Callable[[Any], Selector | Refresher]) -> None:
+def register(config: type[Method], selector: Callable[[Any], Selector | Refresher | Evictor]) -> None:
     """Makes a method known under its `algorithm` name.
 
-    selector: called with a config, gives its `Selector`; a `Refresher` where the config `remembers`.
+    selector: called with a config, gives its `Selector`; a `Refresher` where the config `remembers`, and an `Evictor`
+        where it `evicts`.
     """
     REGISTRY[config.algorithm] = config
     _SELECTORS[config] = selector
@@ -55,6 +62,9 @@ register(LessIsMore, LessIsMoreSelector)
 register(Tactic, TacticSelector)
 register(TokenSelect, TokenSelectSelector)
 register(RefreshKV, RefreshKVSelector)
+register(H2O, H2OEvictor)
+register(A2SF, A2SFEvictor)
+register(LazyEviction, LazyEvictor)
 
 
 def selector(config: Method) -> Any:
@@ -110,6 +120,7 @@ def _number(name: str, value: str, kind: Any, text: str) -> int | float:
 
 __all__ = [
     "REGISTRY",
+    "Evictor",
     "Lengths",
     "Memory",
     "PageBounds",
@@ -117,7 +128,10 @@ __all__ = [
     "Refresher",
     "Selector",
     "SoftmaxStats",
+    "Tally",
     "from_options",
+    "listed",
+    "marked",
     "option_types",
     "parse",
     "register",

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
+import torch
 from torch import Tensor
 
-from deltakv.methods.memory import Memory
+from deltakv.methods.memory import Memory, Tally
 
 
 @dataclass(frozen=True)
@@ -111,3 +112,37 @@ class Refresher(Protocol):
     def choose(self, scores: Tensor, seq_lens: Tensor, page_size: int) -> Picks:
         """The pick, from scores that stand; infinite for pages that have come since, which are kept."""
         ...
+
+
+class Evictor(Protocol):
+    """What a method says that drops pages for good (its config `evicts`). All it asks of a pool is that a page may be
+    given back: pages are counted as if none were gone, and a dropped one is never listed again. Without state, each row
+    on its own, as a `Refresher`.
+
+    numbers: how many a page has in `Tally.worth`.
+    """
+
+    numbers: ClassVar[int]
+
+    def after_step(self, masses: Tensor, tally: Tally, seq_lens: Tensor, page_size: int) -> Tally:
+        """The tally after a step, with what is to be dropped from the next on.
+
+        masses: fp32 [rows, n_heads, width], the attention of each query head on each page; 0 on dropped ones.
+        seq_lens: int32 [rows], the current token included, dropped ones too. The current token's page stays.
+        """
+        ...
+
+
+def listed(kept: Tensor) -> Picks:
+    """The pages that bool [rows, width] says, as a pick."""
+    width = kept.shape[1]
+    page = torch.arange(width, dtype=torch.int32, device=kept.device)
+    ascending = torch.sort(torch.where(kept, page, width), dim=1).values
+    return Picks(torch.where(ascending < width, ascending, 0).to(torch.int32), kept.sum(1, dtype=torch.int32))
+
+
+def marked(picks: Picks, width: int) -> Tensor:
+    """bool [rows, width]: the pages of a pick; what `listed` takes."""
+    real = torch.arange(picks.pages.shape[1], device=picks.pages.device) < picks.n_kept[:, None]
+    count = torch.zeros((len(picks.pages), width), dtype=torch.int32, device=picks.pages.device)
+    return count.scatter_add(1, picks.pages.long(), real.int()) > 0

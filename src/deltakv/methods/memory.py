@@ -1,8 +1,9 @@
-"""What outlives a step where picks do: the scores of the last look, and the query that looked."""
+"""What outlives a step: the scores of the last look and the query that looked, or what pages have been worth so far."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ class Memory:
     scores: fp32 [rows, width], the pages' worth at the last look. query: fp32 [rows, n_heads, head_dim], the one that
     looked. seen: int32 [rows], the row's tokens then; 0 for a row that has nothing to remember.
     """
+
+    BY_PAGE: ClassVar[tuple[str, ...]] = ("scores",)
+    BY_ROW: ClassVar[tuple[str, ...]] = ("query", "seen")
 
     scores: Tensor
     query: Tensor
@@ -36,6 +40,22 @@ class Memory:
     def likeness(self, query: Tensor) -> Tensor:
         """fp32 [rows]: the cosine between the remembered query and this one, all heads side by side; at most 1."""
         return cosine(self.query.flatten(1), query.float().flatten(1))
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Of a SELECT layer that evicts, row by row. Never changed, as a `Memory`.
+
+    worth: fp32 [rows, width, n], what the method keeps count of for each page; 0 for a page that nothing is known of.
+    dropped: bool [rows, width], pages that are gone for good. steps: int32 [rows], decode steps so far.
+    """
+
+    BY_PAGE: ClassVar[tuple[str, ...]] = ("worth", "dropped")
+    BY_ROW: ClassVar[tuple[str, ...]] = ("steps",)
+
+    worth: Tensor
+    dropped: Tensor
+    steps: Tensor
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:

@@ -160,7 +160,15 @@ class Handle:
         state, heads = cache.state, self.model.config.num_attention_heads
         static = state.decoding.static
         state.known.prepare(
-            self._name, self.method, self._select, heads, state.pool, state.kv.rows, width, static=static
+            self._name,
+            self.method,
+            self._select,
+            heads,
+            state.pool,
+            state.kv.rows,
+            width,
+            static=static,
+            numbers=getattr(self._selector, "numbers", 0),
         )
 
     @property

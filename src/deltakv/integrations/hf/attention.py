@@ -18,7 +18,6 @@ from deltakv.integrations.hf.layers import as_autocast
 from deltakv.integrations.hf.positions import Positions
 from deltakv.integrations.hf.selecting import Selecting
 from deltakv.integrations.hf.step import Chunk, Step
-from deltakv.methods import Memory
 from deltakv.offload.layer import Recompute
 from deltakv.ops import decode_attention, prefill_attention, row_kv
 from deltakv.plan import Role
@@ -180,6 +179,7 @@ class PagedAttention:
             seen = query[row, columns], k, v, scale, sinks
             out[row, columns], memories[row] = self.positions.attend(row, layer, role, *seen, memories[row])
         if kept := [memory for memory in memories if memory is not None]:
-            parts = [[getattr(memory, name) for memory in kept] for name in ("scores", "query", "seen")]
-            step.memories[layer] = Memory(*map(torch.cat, parts))
+            kind = type(kept[0])
+            names = (*kind.BY_PAGE, *kind.BY_ROW)
+            step.memories[layer] = kind(**{name: torch.cat([getattr(x, name) for x in kept]) for name in names})
         return out

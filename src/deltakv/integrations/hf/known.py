@@ -8,6 +8,7 @@ changed in another way, the host brings them up to date (`prepare`).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,9 @@ from deltakv.cache.pool import KVPool
 from deltakv.cache.rows import Row
 from deltakv.config import Method, Sees
 from deltakv.integrations.hf.decoding import mark_static
-from deltakv.methods import Memory
+from deltakv.methods import Memory, Tally
+
+_BY_ROW = (*Memory.BY_ROW, *Tally.BY_ROW)
 
 #: Pages whose bounds are found at once.
 _BLOCK = 256
@@ -49,10 +52,12 @@ class Known:
         width: int,
         *,
         static: bool,
+        numbers: int = 1,
     ) -> None:
         """Makes room for tables of `width` pages, and finds the bounds of full pages that are not known yet.
 
-        select: the method's SELECT layers. n_heads: query heads. rows: as they are committed.
+        select: the method's SELECT layers. n_heads: query heads. rows: as they are committed. numbers: those of a
+        page in a `Tally`.
         """
         if self.owner != owner or any(len(t) != len(rows) for x in self.layers.values() for t in x.values()):
             self.clear()
@@ -67,7 +72,13 @@ class Known:
             shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
             if bounds:
                 shapes |= dict.fromkeys(("low", "high"), ((len(rows), width, n_kv, dim), k.dtype))
-            if method.remembers:
+            if method.evicts:
+                shapes |= {
+                    "worth": ((len(rows), width, numbers), torch.float32),
+                    "dropped": ((len(rows), width), torch.bool),
+                    "steps": ((len(rows),), torch.int32),
+                }
+            elif method.remembers:
                 shapes |= {
                     "scores": ((len(rows), width), torch.float32),
                     "query": ((len(rows), n_heads, dim), torch.float32),
@@ -79,24 +90,27 @@ class Known:
         if bounds:
             self.bounded = [row.length // pool.page_size for row in rows]
 
-    def memory(self, layer: int, width: int) -> Memory:
-        """The memory of a layer, over the first `width` pages; a view."""
+    def memory(self, layer: int, width: int, row: slice = slice(None)) -> Any:
+        """The `Memory` or `Tally` of a layer, over the first `width` pages; views. row: of some rows only."""
         known = self.layers[layer]
-        return Memory(known["scores"][:, :width], known["query"], known["seen"])
+        kind = Tally if "dropped" in known else Memory
+        by_page = {name: known[name][row, :width] for name in kind.BY_PAGE}
+        return kind(**by_page, **{name: known[name][row] for name in kind.BY_ROW})
 
-    def of_row(self, layer: int, row: int) -> Memory | None:
+    def of_row(self, layer: int, row: int) -> Any:
         """The memory of one row, if the method has any."""
         known = self.layers.get(layer, {})
-        if "seen" not in known:
-            return None
-        return Memory(*(known[name][row : row + 1] for name in ("scores", "query", "seen")))
+        remembered = [known[name] for name in ("scores", "dropped") if name in known]
+        return self.memory(layer, remembered[0].shape[1], slice(row, row + 1)) if remembered else None
 
-    def remember(self, layer: int, memory: Memory, row: slice = slice(None)) -> None:
-        """A step counts: what it remembers stands from now on, for all rows or for some. Can be traced."""
+    def remember(self, layer: int, memory: Any) -> None:
+        """A step counts: what it remembers stands from now on. Can be traced."""
         known = self.layers[layer]
-        known["scores"][row, : memory.scores.shape[1]].copy_(memory.scores)
-        known["query"][row].copy_(memory.query)
-        known["seen"][row].copy_(memory.seen)
+        for name in memory.BY_PAGE:
+            value = getattr(memory, name)
+            known[name][:, : value.shape[1]].copy_(value)
+        for name in memory.BY_ROW:
+            known[name].copy_(getattr(memory, name))
 
     def note_page(self, layer: int, k_pool: Tensor, pages: Tensor, seq_lens: Tensor) -> tuple[Tensor, Tensor]:
         """Finds the bounds of each row's last page anew, from `k_pool` at the physical `pages`, int64 [rows]; when the
@@ -125,8 +139,9 @@ class Known:
         if self.bounded:
             self.bounded = [min(old, n // page_size) for old, n in zip(self.bounded, lengths, strict=True)]
         for known in self.layers.values():
-            if "seen" in known:
-                known["seen"].zero_()
+            for name in (*Tally.BY_PAGE, *Tally.BY_ROW, "seen"):
+                if name in known:
+                    known[name].zero_()
 
     def rearrange(self, indices: Sequence[int]) -> None:
         """New row i is old row `indices[i]`."""
@@ -149,7 +164,7 @@ class Known:
         known = self.layers.setdefault(layer, {})
         for name, (shape, dtype) in shapes.items():
             old = known.get(name)
-            if old is not None and (name in ("query", "seen") or old.shape[1] >= shape[1]):
+            if old is not None and (name in _BY_ROW or old.shape[1] >= shape[1]):
                 continue
             with torch.inference_mode(False):  # made in inference mode, it could not be written outside of it
                 new = torch.zeros(shape, dtype=dtype, device=device)
@@ -170,4 +185,4 @@ class Known:
 
 
 def _by_page(known: dict[str, Tensor]) -> list[Tensor]:
-    return [tensor for name, tensor in known.items() if name in ("low", "high", "scores")]
+    return [tensor for name, tensor in known.items() if name not in _BY_ROW]

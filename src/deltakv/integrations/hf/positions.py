@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deltakv.config import Method, Sees
-from deltakv.methods import Lengths, Memory, PageBounds, Picks, SoftmaxStats
-from deltakv.ops import chunk_attention, chunk_logits
+from deltakv.methods import Lengths, Memory, PageBounds, Picks, SoftmaxStats, Tally, listed
+from deltakv.ops import chunk_attention, chunk_logits, page_masses
 from deltakv.plan import Role
 
 #: Positions whose logits are held at once: 64 of 32 heads over 32k tokens are 256 MB.
@@ -90,8 +90,8 @@ class Positions:
         v: Tensor,
         scale: float,
         sinks: Tensor | None,
-        memory: Memory | None = None,
-    ) -> tuple[Tensor, Memory | None]:
+        memory: Memory | Tally | None = None,
+    ) -> tuple[Tensor, Memory | Tally | None]:
         """q [m, n_heads, head_dim] are the last m of T positions of a row; k, v [T, n_kv_heads, head_dim].
 
         memory: of this row and layer, if the method remembers. Returns attention's output, and the memory afterwards.
@@ -109,8 +109,8 @@ class Positions:
         return chunk_attention(q, k, v, scale, sinks, visible, self._page_size), memory
 
     def _pick(
-        self, layer: int, q: Tensor, k: Tensor, scale: float, sinks: Tensor | None, memory: Memory | None
-    ) -> tuple[Tensor, Tensor, Memory | None]:
+        self, layer: int, q: Tensor, k: Tensor, scale: float, sinks: Tensor | None, memory: Memory | Tally | None
+    ) -> tuple[Tensor, Tensor, Memory | Tally | None]:
         """bool [m, n_pages]: the pages that each position keeps; bool [m]: which attend to everything all the same; and
         the memory afterwards."""
         m, tokens = len(q), len(k)
@@ -123,7 +123,9 @@ class Positions:
             seq_lens = torch.arange(end - (stop - start) + 1, end + 1, dtype=torch.int32, device=q.device)
             seen = self._look(q[start:stop], k[:end], scale, sinks, seq_lens)
             due = torch.ones_like(everything[start:stop])
-            if memory is not None:
+            if isinstance(memory, Tally):
+                picks, memory = self._evicting(seen, sinks, memory)
+            elif memory is not None:
                 picks, due, memory = self._in_order(q[start:stop], seen, memory)
                 everything[start:stop] = due & (self._method.sees is Sees.SOFTMAX)
             else:
@@ -168,8 +170,26 @@ class Positions:
         picks = self._selector.choose(torch.cat(standing)[:, : seen.width], seen.seq_lens, self._page_size)
         return picks, torch.cat(due), memory
 
+    def _evicting(self, seen: SoftmaxStats, sinks: Tensor | None, tally: Tally) -> tuple[Picks, Tally]:
+        """What is left for each position, one after the other, and the tally after the last."""
+        page_size, width = self._page_size, tally.dropped.shape[1]
+        token = torch.arange(seen.width * page_size, device=seen.lse.device)
+        left = []
+        for at in range(len(seen.seq_lens)):
+            left.append(~tally.dropped & (torch.arange(width, device=token.device) * page_size < seen.seq_lens[at]))
+            visible = left[-1][0, token // page_size]
+            logits = seen.logits[at : at + 1].masked_fill(~visible, float("-inf"))
+            lse = torch.logsumexp(logits[:, 0], dim=-1)
+            lse = lse if sinks is None else torch.logaddexp(lse, sinks.float())
+            masses = page_masses(logits, seen.peaks[at : at + 1], lse, seen.seq_lens[at : at + 1], page_size)
+            masses = F.pad(masses, (0, width - masses.shape[2]))
+            tally = self._selector.after_step(masses, tally, seen.seq_lens[at : at + 1], page_size)
+        return listed(torch.cat(left)[:, : seen.width]), tally
+
     def _looked_at(self, seq_lens: Tensor, kept_tokens: Tensor) -> Tensor:
         """What a SELECT layer that attends to its pick reads beside it, where it is due: as at a decode step."""
+        if self._method.evicts:
+            return torch.zeros_like(seq_lens)
         if self._method.sees is Sees.SOFTMAX:
             return seq_lens - kept_tokens
         if self._method.sees is Sees.KEYS:

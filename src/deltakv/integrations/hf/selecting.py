@@ -11,8 +11,8 @@ from torch import Tensor
 from deltakv.config import Method, Sees
 from deltakv.integrations.hf.known import Known
 from deltakv.integrations.hf.step import Pick, Step
-from deltakv.methods import Lengths, PageBounds, Picks, SoftmaxStats
-from deltakv.ops import decode_attention, decode_attention_stats
+from deltakv.methods import Lengths, PageBounds, Picks, SoftmaxStats, listed
+from deltakv.ops import decode_attention, decode_attention_stats, page_masses
 
 
 class Selecting:
@@ -38,6 +38,8 @@ class Selecting:
     ) -> Tensor:
         """Query and result [batch, n_heads, head_dim]. The pick is the step's from here on."""
         table, lens = step.on(query.device, "block_table"), step.on(query.device, "seq_lens")
+        if self.method.evicts:
+            return self._evicting(step, known, layer, query, k_pool, v_pool, scale, sinks)
         if self.method.remembers:
             return self._remembering(step, known, layer, query, k_pool, v_pool, scale, sinks)
         page_size = k_pool.shape[1]
@@ -99,6 +101,33 @@ class Selecting:
         else:
             looked_at = torch.where(due, lens[:, 0] - pick.seq_lens[:, 0], 0)
         step.picked(Pick(layer, picks, pick.block_table, pick.seq_lens, looked_at))
+        return out
+
+    def _evicting(
+        self,
+        step: Step,
+        known: Known,
+        layer: int,
+        query: Tensor,
+        k_pool: Tensor,
+        v_pool: Tensor,
+        scale: float,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        """Attends to what has not been dropped, and says what is dropped from the next step on."""
+        table, lens = step.on(query.device, "block_table"), step.on(query.device, "seq_lens")
+        page_size, width = k_pool.shape[1], table.shape[2]
+        tally = known.memory(layer, width)
+        exists = torch.arange(width, device=query.device) * page_size < lens
+        left = listed(exists & ~tally.dropped)
+        pick = _pick(layer, left, table, lens, page_size, torch.zeros_like(lens[:, 0]))
+        step.picked(pick)
+        attention = decode_attention_stats(query, k_pool, v_pool, pick.block_table, pick.seq_lens, scale, sinks)
+        out, logits, peaks, lse = attention
+        masses = page_masses(logits, peaks, lse, pick.seq_lens[:, 0], page_size)[..., :width]
+        at = left.pages.long()[:, None].expand_as(masses)  # beyond the last page left: 0, and nothing to add there
+        masses = torch.zeros_like(masses).scatter_add(2, at, masses)
+        step.memories[layer] = self.selector.after_step(masses, tally, lens[:, 0], page_size)
         return out
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from deltakv.cache import Append
 from deltakv.integrations.hf.padding import Columns
-from deltakv.methods import Memory, Picks
+from deltakv.methods import Memory, Picks, Tally
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Step:
     seq_lens: Tensor
     pick: Pick | None = None
     picks: list[Pick] = field(default_factory=list)
-    memories: dict[int, Memory] = field(default_factory=dict)
+    memories: dict[int, Memory | Tally] = field(default_factory=dict)
     noted: bool = False
     _moved: dict[tuple[str, torch.device], Tensor] = field(default_factory=dict)
 
