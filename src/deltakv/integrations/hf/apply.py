@@ -22,6 +22,7 @@ from deltakv.errors import ConfigError, UnsupportedUseError
 from deltakv.integrations.hf.attention import PagedAttention
 from deltakv.integrations.hf.cache import PagedCache
 from deltakv.integrations.hf.checks import check_cache
+from deltakv.integrations.hf.evicting_cache import EvictingCache
 from deltakv.integrations.hf.fused import Fused, fuse_projections
 from deltakv.integrations.hf.generation import Generation
 from deltakv.integrations.hf.offload import Offload, host_config
@@ -119,11 +120,14 @@ class Handle:
         max_length: the tokens a row is expected to reach. croppable: layers with a sliding window keep what `crop`
         would need to go back to, up to the next `crop` (other layers can always be cropped). static: forwards of one
         token may be captured as CUDA graphs, as long as no row outgrows `max_length`; models whose layers have a
-        window cannot, and get an ordinary cache.
+        window cannot, and get an ordinary cache. Under a method that evicts, memory follows what it keeps, and the host
+        lays forwards out; on any other cache such a method leaves pages unread that it would drop.
         """
         static = static and not any(self._windows)
-        if self.offload is not None:
-            cache: PagedCache = self.offload.new_cache(self._windows, self.method.page_size, max_length)
+        if self.method.evicts:
+            cache: PagedCache = EvictingCache(self._windows, self.method.page_size)
+        elif self.offload is not None:
+            cache = self.offload.new_cache(self._windows, self.method.page_size, max_length)
         else:
             cache = PagedCache(self._windows, self.method.page_size, max_length, static=static)
         if croppable:
@@ -165,7 +169,7 @@ class Handle:
             self._select,
             heads,
             state.pool,
-            state.kv.rows,
+            cache.rows_of,
             width,
             static=static,
             numbers=getattr(self._selector, "numbers", 0),
@@ -275,6 +279,9 @@ class Handle:
         self._cache = weakref.ref(cache)
         if width == 1 and mask is None and cache.is_unpadded(batch) and self.announce(cache):
             return kwargs
+        if isinstance(cache, EvictingCache):
+            cache.gives_up = self.method.evicts and self._attention.positions is None
+            cache.check_layers(self._select if cache.gives_up else [])
         step = cache.begin(batch, width, mask)
         if self.offload is None and step.onto_past:
             self._prepare(cache, step.block_table.shape[2])

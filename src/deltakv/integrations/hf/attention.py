@@ -88,6 +88,7 @@ class PagedAttention:
             raise UnsupportedUseError(
                 "attention dropout or soft-capping cannot go through a deltakv cache; use model.eval()"
             )
+        step = step.of(layer)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         sinks = kwargs.get("s_aux")
         with torch.no_grad():

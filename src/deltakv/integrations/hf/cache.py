@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from deltakv.cache import PagedKV, RowStore
+from deltakv.cache.rows import Row
 from deltakv.errors import UnsupportedUseError
 from deltakv.integrations.hf.decoding import Decoding
 from deltakv.integrations.hf.layers import PagedLayer, State, WindowedLayer
@@ -29,6 +30,8 @@ class PagedCache(Cache):
     """
 
     layer_type: ClassVar[type[PagedLayer]] = PagedLayer
+    #: Whether a page that a method drops is lost, and not just left unread.
+    evicts: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -142,8 +145,9 @@ class PagedCache(Cache):
             )
         after, real = columns.extended(mask, width)
         if columns.seen:  # the mask may have dropped the end of some rows
-            self.state.columns = columns = after.cropped(width)
+            columns = after.cropped(width)
             self._truncate(columns.counts())
+            self.state.columns = columns
         append = kv.begin(real.sum(1).tolist())
         self._before = [dict(layer.__dict__) for layer in self._windowed()]  # their updates replace tensors
         slots = torch.tensor([slot for row in append.slots for slot in row], dtype=torch.long)
@@ -184,7 +188,7 @@ class PagedCache(Cache):
             if step.noted:
                 self.state.known.grown(step.append.lengths, self.page_size)
             elif not step.decode and not step.memories:
-                self.state.known.truncated(step.append.past, self.page_size)
+                self.state.known.truncated(step.append.past, self.page_size, final=self.evicts)
         else:
             self.state.decoding.commit()
         for layer, memory in ({} if step is None else step.memories).items():
@@ -206,8 +210,9 @@ class PagedCache(Cache):
         seen = self.get_seq_length()
         drop = -tokens_to_remove if tokens_to_remove <= 0 else max(seen - tokens_to_remove, 0)
         if self.state.columns is not None and drop:
-            self.state.columns = self.state.columns.cropped(drop)
-            self._truncate(self.state.columns.counts())
+            columns = self.state.columns.cropped(drop)
+            self._truncate(columns.counts())
+            self.state.columns = columns
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes a copy of row `beam_idx[i]`; pages are shared until written."""
@@ -244,8 +249,12 @@ class PagedCache(Cache):
 
     def _truncate(self, counts: list[int]) -> None:
         if any(count < row.length for count, row in zip(counts, self.state.kv.rows, strict=True)):
-            self.state.known.truncated(counts, self.page_size)
+            self.state.known.truncated(counts, self.page_size, final=self.evicts)
         self.state.kv.truncate(counts)
+
+    def rows_of(self, layer: int) -> list[Row]:
+        """The rows as that layer holds them."""
+        return self.state.kv.rows
 
     def _rearrange(self, indices: list[int]) -> None:
         self.settle()

@@ -7,14 +7,14 @@ changed in another way, the host brings them up to date (`prepare`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from deltakv.cache.pool import KVPool
-from deltakv.cache.rows import Row
+from deltakv.cache.rows import GONE, Row
 from deltakv.config import Method, Sees
 from deltakv.integrations.hf.decoding import mark_static
 from deltakv.methods import Memory, Tally
@@ -48,7 +48,7 @@ class Known:
         select: Sequence[int],
         n_heads: int,
         pool: KVPool,
-        rows: Sequence[Row],
+        rows_of: Callable[[int], Sequence[Row]],
         width: int,
         *,
         static: bool,
@@ -56,9 +56,10 @@ class Known:
     ) -> None:
         """Makes room for tables of `width` pages, and finds the bounds of full pages that are not known yet.
 
-        select: the method's SELECT layers. n_heads: query heads. rows: as they are committed. numbers: those of a
-        page in a `Tally`.
+        select: the method's SELECT layers. n_heads: query heads. rows_of: by layer, as they are committed. numbers:
+        those of a page in a `Tally`.
         """
+        rows = rows_of(select[0]) if select else []
         if self.owner != owner or any(len(t) != len(rows) for x in self.layers.values() for t in x.values()):
             self.clear()
             self.owner = owner
@@ -84,7 +85,12 @@ class Known:
                     "query": ((len(rows), n_heads, dim), torch.float32),
                     "seen": ((len(rows),), torch.int32),
                 }
-            self._fit(layer, shapes, k.device, static)
+            new = self._fit(layer, shapes, k.device, static)
+            if method.evicts and new:
+                for index, row in enumerate(rows_of(layer)):
+                    self.layers[layer]["dropped"][index, [at for at, page in enumerate(row.pages) if page == GONE]] = (
+                        True
+                    )
             if bounds:
                 self._find_bounds(layer, k, rows, page_size)
         if bounds:
@@ -133,15 +139,20 @@ class Known:
         if self.bounded:
             self.bounded = [length // page_size for length in lengths]
 
-    def truncated(self, lengths: Sequence[int], page_size: int) -> None:
+    def truncated(self, lengths: Sequence[int], page_size: int, *, final: bool = False) -> None:
         """Tokens were dropped, or came in another way than by decoding: the queries of the past are no past any
         more."""
         if self.bounded:
             self.bounded = [min(old, n // page_size) for old, n in zip(self.bounded, lengths, strict=True)]
         for known in self.layers.values():
-            for name in (*Tally.BY_PAGE, *Tally.BY_ROW, "seen"):
+            for name in ("worth", "steps", "seen"):
                 if name in known:
                     known[name].zero_()
+            if "dropped" in known:
+                dropped = known["dropped"]
+                page = torch.arange(dropped.shape[1], device=dropped.device)
+                gone = page * page_size < torch.tensor(lengths, device=dropped.device)[:, None]
+                dropped.logical_and_(gone & final)
 
     def rearrange(self, indices: Sequence[int]) -> None:
         """New row i is old row `indices[i]`."""
@@ -160,19 +171,24 @@ class Known:
 
     def _fit(
         self, layer: int, shapes: dict[str, tuple[tuple[int, ...], torch.dtype]], device: torch.device, static: bool
-    ) -> None:
+    ) -> bool:
+        """Whether they were not there, or not as wide."""
         known = self.layers.setdefault(layer, {})
+        grown = False
         for name, (shape, dtype) in shapes.items():
             old = known.get(name)
             if old is not None and (name in _BY_ROW or old.shape[1] >= shape[1]):
                 continue
+            if old is not None:  # somewhat more than is asked for, since rows grow page by page
+                shape = (shape[0], max(shape[1], old.shape[1] + old.shape[1] // 2), *shape[2:])
             with torch.inference_mode(False):  # made in inference mode, it could not be written outside of it
                 new = torch.zeros(shape, dtype=dtype, device=device)
                 if old is not None:
                     new[:, : old.shape[1]] = old
             if static:
                 mark_static(new)
-            known[name] = new
+            known[name], grown = new, True
+        return grown
 
     def _find_bounds(self, layer: int, k: Tensor, rows: Sequence[Row], page_size: int) -> None:
         low, high = self.layers[layer]["low"], self.layers[layer]["high"]

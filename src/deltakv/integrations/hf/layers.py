@@ -68,7 +68,7 @@ class PagedLayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Stores K and V, [batch, n_kv_heads, width, head_dim], at the step's slots."""
-        step = self.check_in_use()
+        step = self.check_in_use().of(self.index)
         key_states, value_states = as_autocast(key_states), as_autocast(value_states)
         k_pool, v_pool = self._state.pool.ensure_layer(self.index, key_states)
         k = key_states.detach().transpose(1, 2).flatten(0, 1)

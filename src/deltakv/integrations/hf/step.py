@@ -57,6 +57,10 @@ class Step:
     noted: bool = False
     _moved: dict[tuple[str, torch.device], Tensor] = field(default_factory=dict)
 
+    def of(self, layer: int) -> Step:
+        """This forward as a layer sees it."""
+        return self
+
     def picked(self, pick: Pick) -> None:
         """What REUSE layers attend to from here on."""
         self.pick = pick
@@ -82,6 +86,7 @@ class Chunk(Step):
     real: bool [batch, width], which columns are tokens and not padding; stored: int64 [tokens], their indices in the
         flattened batch, or None where all of them are.
     past_lens: int32 [batch], tokens of each row without the new ones.
+    by_layer: the same forward as a layer sees it, for layers whose pages lie elsewhere than the others'.
     """
 
     width: int
@@ -91,3 +96,7 @@ class Chunk(Step):
     real: Tensor
     stored: Tensor | None
     past_lens: Tensor
+    by_layer: dict[int, Chunk] = field(default_factory=dict)
+
+    def of(self, layer: int) -> Chunk:
+        return self.by_layer.get(layer, self)
