@@ -100,6 +100,15 @@ class Tidal(Rule):
         return Choice(self.best(scores, len(k)), scores)
 
 
+class IndexCache(Rule):
+    own = False
+
+    def at(self, q: Tensor, k: Tensor, scale: float, sinks: Tensor | None) -> Choice:
+        tokens = [max(column) for column in zip(*probabilities(q, k, scale, sinks), strict=True)]
+        scores = [sum(page) for page in self.by_page(tokens)]
+        return Choice(self.best(scores, len(k)), scores)
+
+
 class LessIsMore(Rule):
     own = False
 
@@ -272,6 +281,7 @@ RULES: dict[str, type[Rule]] = {
     "tactic": Tactic,
     "tokenselect": TokenSelect,
     "refreshkv": RefreshKV,
+    "indexcache": IndexCache,
     "h2o": H2O,
     "a2sf": A2SF,
     "lazyeviction": LazyEviction,

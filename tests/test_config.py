@@ -136,6 +136,7 @@ class TestByName:
         assert set(REGISTRY) == {
             "a2sf",
             "h2o",
+            "indexcache",
             "lazyeviction",
             "delta",
             "full",

@@ -11,18 +11,7 @@ trained, nothing is evicted.
 
 from typing import TYPE_CHECKING, Any
 
-from deltakv.config import (
-    Delta,
-    Full,
-    LessIsMore,
-    Method,
-    Quest,
-    RefreshKV,
-    StreamingLLM,
-    Tactic,
-    TidalDecode,
-    TokenSelect,
-)
+from deltakv.config import Delta, Full, Method
 from deltakv.errors import (
     ConfigError,
     DeltaKVError,
@@ -33,6 +22,19 @@ from deltakv.errors import (
     UnsupportedModelError,
     UnsupportedUseError,
 )
+from deltakv.field import (
+    A2SF,
+    H2O,
+    IndexCache,
+    LazyEviction,
+    LessIsMore,
+    Quest,
+    RefreshKV,
+    StreamingLLM,
+    Tactic,
+    TidalDecode,
+    TokenSelect,
+)
 from deltakv.offload.config import Host
 from deltakv.plan import LayerPlan, Role
 from deltakv.version import __version__
@@ -41,14 +43,18 @@ if TYPE_CHECKING:
     from deltakv.integrations.hf import Handle, PagedCache, Statistics, Trace, apply
 
 __all__ = [
+    "A2SF",
+    "H2O",
     "ConfigError",
     "Delta",
     "DeltaKVError",
     "Full",
     "Handle",
     "Host",
+    "IndexCache",
     "InputError",
     "LayerPlan",
+    "LazyEviction",
     "LessIsMore",
     "MaskError",
     "Method",

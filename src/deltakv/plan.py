@@ -152,8 +152,21 @@ def tidal(depth: int) -> LayerPlan:
     return LayerPlan.from_layers(depth, full=(0, 1), select={2, max(2, round(depth * 13 / 32))})
 
 
+def interleaved(depth: int) -> LayerPlan:
+    """One layer in four SELECTs, the first one included (IndexCache, arXiv 2603.12201: its uniform pattern)."""
+    return LayerPlan.from_layers(depth, select=range(0, depth, 4))
+
+
 #: Presets by name: each makes a plan for a depth. `docs/design.md` says where each comes from.
-PRESETS = {"paper": paper, "full": all_full, "every": every, "first": first, "quest": quest, "tidal": tidal}
+PRESETS = {
+    "paper": paper,
+    "full": all_full,
+    "every": every,
+    "first": first,
+    "interleaved": interleaved,
+    "quest": quest,
+    "tidal": tidal,
+}
 
 #: What `plan=None` means.
 DEFAULT_PRESET = "paper"

@@ -36,6 +36,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "tactic": {"budget": 96, "recent": 16, "sinks": 16, "mass": 0.6},
     "tokenselect": {"budget": 64, "recent": 16, "sinks": 16, "similarity": 0.35},
     "refreshkv": {"budget": 64, "recent": 16, "sinks": 16, "stride": 3, "similarity": 0.5},
+    "indexcache": {"budget": 64, "recent": 32, "sinks": 16},
     "h2o": {"budget": 64, "recent": 32, "sinks": 0, "lag": 5},
     "a2sf": {"budget": 64, "recent": 16, "sinks": 16, "lag": 3, "forgetting": 0.7},
     "lazyeviction": {"budget": 64, "recent": 16, "sinks": 0, "lag": 7, "alpha": 0.15},

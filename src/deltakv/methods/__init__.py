@@ -6,14 +6,14 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from deltakv.config import (
+from deltakv.config import Delta, Full, Method
+from deltakv.errors import ConfigError
+from deltakv.field import (
     A2SF,
     H2O,
-    Delta,
-    Full,
+    IndexCache,
     LazyEviction,
     LessIsMore,
-    Method,
     Quest,
     RefreshKV,
     StreamingLLM,
@@ -21,12 +21,12 @@ from deltakv.config import (
     TidalDecode,
     TokenSelect,
 )
-from deltakv.errors import ConfigError
 from deltakv.methods.a2sf import A2SFEvictor
 from deltakv.methods.base import Evictor, Lengths, PageBounds, Picks, Refresher, Selector, SoftmaxStats, listed, marked
 from deltakv.methods.delta import DeltaSelector
 from deltakv.methods.full import FullSelector
 from deltakv.methods.h2o import H2OEvictor
+from deltakv.methods.indexcache import IndexCacheSelector
 from deltakv.methods.lazyeviction import LazyEvictor
 from deltakv.methods.lessismore import LessIsMoreSelector
 from deltakv.methods.memory import Memory, Tally
@@ -62,6 +62,7 @@ register(LessIsMore, LessIsMoreSelector)
 register(Tactic, TacticSelector)
 register(TokenSelect, TokenSelectSelector)
 register(RefreshKV, RefreshKVSelector)
+register(IndexCache, IndexCacheSelector)
 register(H2O, H2OEvictor)
 register(A2SF, A2SFEvictor)
 register(LazyEviction, LazyEvictor)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from deltakv.config import Evicting
+from deltakv.field import Evicting
 from deltakv.methods.base import Picks, marked
 from deltakv.methods.memory import Tally
 from deltakv.ops import select_pages

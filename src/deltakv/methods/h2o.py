@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from deltakv.config import H2O
+from deltakv.field import H2O
 from deltakv.methods.evicting import drop_worst
 from deltakv.methods.memory import Tally
 

@@ -16,7 +16,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from deltakv.config import LazyEviction
+from deltakv.field import LazyEviction
 from deltakv.methods.evicting import drop_worst
 from deltakv.methods.memory import Tally
 

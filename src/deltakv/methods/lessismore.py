@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from deltakv.config import LessIsMore
+from deltakv.field import LessIsMore
 from deltakv.methods.base import Picks, SoftmaxStats
 from deltakv.ops import interleaved, page_masses, select_pages
 

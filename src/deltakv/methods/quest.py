@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from deltakv.config import Quest
+from deltakv.field import Quest
 from deltakv.methods.base import PageBounds, Picks
 from deltakv.ops import bound_scores, select_pages
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from deltakv.config import RefreshKV
+from deltakv.field import RefreshKV
 from deltakv.methods.base import Picks, SoftmaxStats
 from deltakv.methods.memory import Memory, cosine
 from deltakv.ops import page_scores, select_pages

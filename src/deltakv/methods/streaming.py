@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from deltakv.config import StreamingLLM
+from deltakv.field import StreamingLLM
 from deltakv.methods.base import Lengths, Picks
 from deltakv.ops import select_pages
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from deltakv.config import Tactic
+from deltakv.field import Tactic
 from deltakv.methods.base import Picks, SoftmaxStats
 from deltakv.ops import page_masses, select_mass
 

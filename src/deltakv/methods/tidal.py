@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from deltakv.config import TidalDecode
+from deltakv.field import TidalDecode
 from deltakv.methods.base import Picks, SoftmaxStats
 from deltakv.ops import page_scores, select_pages
 

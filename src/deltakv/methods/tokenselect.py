@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from deltakv.config import TokenSelect
+from deltakv.field import TokenSelect
 from deltakv.methods.base import Picks, SoftmaxStats
 from deltakv.methods.memory import Memory
 from deltakv.ops import page_masses, select_pages
