@@ -28,7 +28,7 @@ def test_each_round_shares_the_layer_that_costs_least() -> None:
         return cost(weights, plan)
 
     rounds = list(search(5, loss, full=2))
-    # Layers 2 and 4 tie at first, and the earlier goes; then 4; then 1, which takes 2 with it, for 8, where 3 would be 10.
+    # Layers 2 and 4 tie at first, and the earlier goes; then 4; then 1 (for 8 with what it takes along; 3: 10).
     assert [(str(plan), value) for plan, value in rounds] == [("SSRSS", 1.0), ("SSRSR", 2.0), ("SRRSR", 8.0)]
     assert calls[:4] == ["SRSSS", "SSRSS", "SSSRS", "SSSSR"]
     assert len(calls) == 4 + 3 + 2

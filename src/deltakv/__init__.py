@@ -2,7 +2,7 @@
 
 A decoding step of a long chain of thought reads the whole KV cache in every layer. deltakv reads it in a few layers,
 lets those pick the pages that matter, and reads only these in all the others (DELTA, arXiv 2510.09883). Nothing is
-trained, nothing is evicted.
+trained, and DELTA evicts nothing. The field's other methods are here beside it.
 
     model = AutoModelForCausalLM.from_pretrained(...)
     with deltakv.apply(model, deltakv.Delta(budget=1024)) as handle:

@@ -337,6 +337,26 @@ def test_methods_take_turns_on_one_cache(model_of: Any, name: str) -> None:
             assert_close(ours, expected)
 
 
+@pytest.mark.parametrize("between", ["full", "tokenselect", "quest"])
+@pytest.mark.parametrize("name", METHODS)
+def test_another_method_in_between(model_of: Any, name: str, between: str) -> None:
+    """What one method knows ends with another's first step on the cache, also where the host looks at nothing."""
+    model, row = model_of("llama"), tokens(160, seed=11)
+    other = deltakv.Full() if between == "full" else small(between, "llama")
+
+    def steps(method: Any, ids: Tensor) -> Tensor:
+        with deltakv.apply(model, method), torch.no_grad():
+            return torch.cat([model(t.view(1, 1), past_key_values=cache).logits[0] for t in ids])
+
+    with deltakv.apply(model, deltakv.Full()), torch.no_grad():
+        cache = model(row[None, :80], past_key_values=deltakv.PagedCache([None] * 6, 16)).past_key_values
+    steps(small(name, "llama"), row[80:93])
+    steps(other, row[93:130])
+    ours = steps(small(name, "llama"), row[130:])
+    cache.crop(-30)
+    assert_close(steps(small(name, "llama"), row[130:]), ours)
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_a_forward_that_fails_is_forgotten(model_of: Any, name: str) -> None:
     model, row = model_of("llama"), tokens(130, seed=9)
