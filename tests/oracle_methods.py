@@ -70,7 +70,7 @@ class Streaming(Rule):
         n = self.pages(len(k))
         _, window, first, _ = self.limits
         pages = [page for page in range(n) if page < first or page >= n - window]
-        return Choice(pages, [0.0] * n)
+        return Choice(pages, [float(page in pages) for page in range(n)])
 
 
 class Quest(Rule):
@@ -220,18 +220,24 @@ class Evicting(Rule):
 
     def at(self, q: Tensor, k: Tensor, scale: float, sinks: Tensor | None) -> Choice:
         t, n = len(k), self.pages(len(k))
-        budget, recent, first, _ = self.limits
         left = [page for page in range(n) if page not in self.gone]
         visible = torch.tensor([token // self.page_size in left for token in range(t)])
         _, p = attention(q, k, k, visible, scale, sinks)
+        size = self.page_size
+        self.step({page: p[:, page * size : (page + 1) * size].sum(1).tolist() for page in left}, n)
+        return Choice(left, [float(page in left) for page in range(n)])
+
+    def step(self, masses: dict[int, list[float]], n: int) -> None:
+        """masses: what each head has put on each page that is left, of `n` with those that are gone."""
+        budget, recent, first, _ = self.limits
+        left = sorted(masses)
         self.steps += 1
-        for page in left:
-            self.seen(page, p[:, page * self.page_size : (page + 1) * self.page_size].sum(1).tolist())
+        for page, heads in masses.items():
+            self.seen(page, heads)
         if self.steps % self.lag == 0 and n > budget:
             forced = [page for page in left if page < first or page >= n - recent]
             rest = sorted(set(left) - set(forced), key=lambda page: (-self.worth(page), page))
             self.gone |= set(rest[budget - len(forced) :])
-        return Choice(left, [0.0] * n)
 
 
 class H2O(Evicting):

@@ -207,7 +207,9 @@ def test_the_field_is_compared_like_delta(run: Run, model_folder: str, tmp_path:
     full, *field = json.loads(json_file.read_text(encoding="utf-8"))["results"]
     assert [entry["method"] for entry in field] == list(FIELD)
     for entry in field:
-        assert 0 < entry["kl_mean"] < 20 and entry["decode_tokens_per_s"] > 0
+        assert 0 < entry["kl_mean"] < 20
+        evicts = entry["method"].startswith(("h2o", "a2sf", "lazyeviction"))
+        assert entry["decode_tokens_per_s"] is None if evicts else entry["decode_tokens_per_s"] > 0
         assert 0 < entry["attended_tokens"] <= full["attended_tokens"]
         assert entry["recall_by_layer"] and all(0 <= share <= 1 for share in entry["recall_by_layer"].values())
 

@@ -25,6 +25,12 @@ def held(cache: Any, layer: int) -> list[int]:
     return [sum(page != GONE for page in row.pages[: -(-row.length // 16)]) for row in kv.rows]
 
 
+def holes(cache: Any) -> dict[int, set[int]]:
+    """By layer, the pages that the first row has given up."""
+    layers = cache.layered.by_layer
+    return {layer: {at for at, page in enumerate(layers[layer].rows[0].pages) if page == GONE} for layer in layers}
+
+
 @pytest.mark.parametrize("name", EVICTING)
 def test_memory_follows_what_is_kept(model_of: Any, name: str) -> None:
     """Layers that evict hold their budget and what has come since; the pools shrink too, and `generate` tells."""
@@ -37,6 +43,8 @@ def test_memory_follows_what_is_kept(model_of: Any, name: str) -> None:
         most = 4 + -(-method.lag // 16)
         for step, token in enumerate(row[600:]):
             model(token.view(1, 1), past_key_values=cache)
+            if step + 1 == method.lag:  # not when a row next outgrows its place
+                assert cache.layered.reserved_bytes < reserved / 2
             if step >= method.lag:
                 assert all(held(cache, layer)[0] <= most for layer in range(5))
                 for layer in range(5):
@@ -45,7 +53,7 @@ def test_memory_follows_what_is_kept(model_of: Any, name: str) -> None:
                     assert len(set(used)) == len(used) == kv._allocator.n_used
         assert held(cache, 5) == [44]
         assert cache.kv_bytes == sum(held(cache, layer)[0] for layer in range(6)) * 16 * 2 * 2 * 16 * 4
-        assert cache.kv_bytes < before / 3 and cache.layered.reserved_bytes < reserved / 2
+        assert cache.kv_bytes < before / 3
         handle.stats.reset()
         greedy(model, ragged(300, 200), 40)
         assert handle.stats.kv_bytes < 500 * 6 * 2 * 2 * 16 * 4 / 2
@@ -94,7 +102,7 @@ def test_a_second_turn_reads_what_is_left(model_of: Any, name: str, chunk: int) 
 def test_going_back(model_of: Any, name: str) -> None:
     """Within the recent tokens; what is gone stays gone. Further back is refused, and changes nothing."""
     model, row = model_of("llama"), tokens(200, seed=5)
-    with deltakv.apply(model, small(name, "llama", recent=32)), torch.no_grad():
+    with deltakv.apply(model, small(name, "llama", recent=32)) as handle, torch.no_grad():
         cache = model(row[None, :100]).past_key_values
         steps(model, row[100:180], cache)
         bytes_then = cache.kv_bytes
@@ -104,7 +112,10 @@ def test_going_back(model_of: Any, name: str) -> None:
         assert cache.kv_bytes == bytes_then
         cache.crop(-10)
         assert cache.get_seq_length() == 170
+        gone = holes(cache)
+        handle.stats.record_picks = True
         assert torch.isfinite(steps(model, row[170:], cache)).all()
+        assert all(gone[layer] and not gone[layer] & set(pages[0]) for layer, pages in recorded_picks(handle).items())
         assert held(cache, 1)[0] <= 5
         cache.reset()
         again = torch.cat(
@@ -112,6 +123,20 @@ def test_going_back(model_of: Any, name: str) -> None:
         )
         fresh = model(row[None, :100])
         assert_close(again, torch.cat([fresh.logits[0, -1:], steps(model, row[100:], fresh.past_key_values)]))
+
+
+@pytest.mark.parametrize("name", EVICTING)
+def test_going_back_before_the_holes(model_of: Any, name: str) -> None:
+    """Then nothing is missing, and new tokens lie where pages had gone."""
+    model, row, other = model_of("llama"), tokens(180, seed=5), tokens(90, seed=6)
+    with deltakv.apply(model, small(name, "llama", plan="SSSSSS", sinks=16)), torch.no_grad():
+        cache = model(row[None, :100]).past_key_values
+        steps(model, row[100:], cache)
+        assert all(min(gone) < 10 for gone in holes(cache).values())
+        cache.crop(-164)
+        assert not any(holes(cache).values())
+        fresh = model(row[None, :16]).past_key_values
+        assert_close(steps(model, other, cache), steps(model, other, fresh))
 
 
 @pytest.mark.parametrize("method", [deltakv.Full(), deltakv.Delta(), "h2o:plan=FSSSSS"], ids=str)
@@ -132,8 +157,11 @@ def test_a_cache_with_holes_serves_nobody_who_would_read_them(model_of: Any, met
         pytest.raises(deltakv.UnsupportedUseError, match="has given up pages, and layer 0"),
     ):
         model(row[None, 160:161], past_key_values=cache)
-    with deltakv.apply(model, evicting):  # another handle of a method that evicts in these layers can go on
+    gone = holes(cache)
+    with deltakv.apply(model, evicting) as handle:  # another of a method that evicts in these layers can go on
+        handle.stats.record_picks = True
         assert torch.isfinite(steps(model, row[160:], cache)).all()
+    assert all(gone[layer] and not gone[layer] & set(pages[0]) for layer, pages in recorded_picks(handle).items())
 
 
 def test_evaluation_gives_nothing_up(model_of: Any) -> None:

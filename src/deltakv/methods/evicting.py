@@ -19,7 +19,8 @@ def drop_worst(
     scores: fp32 [rows, width]: sinks and recent pages stay, and the best of the rest by these, as in DELTA's pick.
     """
     limits = config.budget_pages, config.recent_pages, config.sink_pages, config.min_context
-    alive = scores.masked_fill(tally.dropped, float("-inf"))
+    least = torch.finfo(scores.dtype).min  # what is dropped already comes behind whatever is not
+    alive = scores.clamp_min(least).masked_fill(tally.dropped, float("-inf"))
     kept = marked(Picks(*select_pages(alive, seq_lens, page_size, *limits)), scores.shape[1])
     steps = tally.steps + 1
     exists = torch.arange(scores.shape[1], device=scores.device) * page_size < seq_lens[:, None]
