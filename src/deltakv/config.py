@@ -78,11 +78,8 @@ class Method:
     def _share(self, name: str, *, zero: bool = False) -> None:
         """Raises `ConfigError` if the field `name` is not a number above 0 (`zero`: or 0) and at most 1."""
         share = getattr(self, name)
-        if (
-            isinstance(share, bool)
-            or not isinstance(share, int | float)
-            or not (0 < share <= 1 or (zero and share == 0))
-        ):
+        number = isinstance(share, int | float) and not isinstance(share, bool)
+        if not number or not (0 < share <= 1 or (zero and share == 0)):
             raise ConfigError(f"{name}={share!r} must be a number {'from 0' if zero else 'above 0'} to 1")
 
     def _pages(self, name: str, least: int) -> int:
