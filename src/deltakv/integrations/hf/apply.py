@@ -94,7 +94,9 @@ class Handle:
         self.offload = None if host is None else Offload(model, method, host, self.planned_layers)
         recompute = {} if self.offload is None else self.offload.recompute
         roles = dict(zip(self.planned_layers, self.plan.roles, strict=True))
-        self._attention = PagedAttention(roles, self._selector, model.config._attn_implementation, recompute)
+        self._attention = PagedAttention(
+            roles, self._selector, method.kept_pages, model.config._attn_implementation, recompute
+        )
         self._fused: list[Fused] = []
         self._undo = contextlib.ExitStack()
         if any(parameter.device.type == "cpu" for parameter in model.parameters()):

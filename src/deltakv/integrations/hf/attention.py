@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from deltakv.integrations.hf.host_cache import HostCache
 from deltakv.integrations.hf.layers import as_autocast
 from deltakv.integrations.hf.positions import Positions
 from deltakv.integrations.hf.step import Chunk, Pick, Step
-from deltakv.methods import Selector, SoftmaxStats
+from deltakv.methods import Picks, Selector, SoftmaxStats
 from deltakv.offload.layer import Recompute
 from deltakv.ops import decode_attention, decode_attention_stats, prefill_attention, row_kv
 from deltakv.plan import Role
@@ -41,15 +42,22 @@ class PagedAttention:
     """Attention of the planned layers through the paged cache; all other calls go to the model's own function.
 
     roles: the role of each planned layer, by its index in the model.
+    kept_pages: the most pages that REUSE layers read of a row of so many tokens.
     original: the name of the attention implementation that the model had.
     recompute: by layer, how K and V are made from its input again; for a cache in host memory.
     """
 
     def __init__(
-        self, roles: dict[int, Role], selector: Selector, original: str, recompute: dict[int, Recompute]
+        self,
+        roles: dict[int, Role],
+        selector: Selector,
+        kept_pages: Callable[[int], int],
+        original: str,
+        recompute: dict[int, Recompute],
     ) -> None:
         self.roles = roles
         self.selector = selector
+        self.kept_pages = kept_pages
         self.original = original
         self.recompute = recompute
         self._thread = threading.local()
@@ -139,6 +147,12 @@ class PagedAttention:
             table, lens = step.pick.on(query.device)
             return decode_attention(query, k_pool, v_pool, table, lens, scale, sinks)
         table, lens = step.on(query.device, "block_table"), step.on(query.device, "seq_lens")
+        width = table.shape[-1]
+        if role is Role.SELECT and self.kept_pages(width * self.cache.page_size) == width:
+            # Not even a row that fills the table would lose a page. A shape says so, so a graph holds no trace of it.
+            step.pick = _everything(layer, table, lens, self.cache.page_size)
+            step.picks.append(step.pick)
+            role = Role.FULL
         if role is Role.FULL:
             return decode_attention(query, k_pool, v_pool, table, lens, scale, sinks)
         out, logits, peaks, lse = decode_attention_stats(query, k_pool, v_pool, table, lens, scale, sinks)
@@ -186,3 +200,11 @@ class PagedAttention:
             k, v = row_kv(k_pool, v_pool, step.block_table[row, 0], tokens)
             out[row, columns] = self.positions.attend(row, layer, role, query[row, columns], k, v, scale, sinks)
         return out
+
+
+def _everything(layer: int, block_table: Tensor, seq_lens: Tensor, page_size: int) -> Pick:
+    """The pick of a SELECT layer whose rows keep all their pages. Arguments: the layer's index; as in `Step`."""
+    n_pages = (seq_lens[:, 0] + page_size - 1) // page_size
+    pages = torch.arange(block_table.shape[-1], dtype=torch.int32, device=block_table.device)
+    kept = torch.where(pages < n_pages[:, None], pages, 0)
+    return Pick(layer, Picks(kept, n_pages), block_table, seq_lens)
