@@ -63,6 +63,10 @@ class Method:
         """Pages that a REUSE layer reads of a row of `length` tokens; all, unless the method says less."""
         return -(-length // self.page_size)
 
+    def keeps_all(self, length: int) -> bool:
+        """Whether no row of up to `length` tokens can lose a page."""
+        return self.kept_pages(length) == -(-length // self.page_size)
+
     def kept_tokens(self, length: int) -> int:
         """Tokens on these pages: whole pages, but the last one of the text may be partly filled."""
         return self.kept_pages(length) * self.page_size - -length % self.page_size
