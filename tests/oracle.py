@@ -222,7 +222,10 @@ class DenseDelta:
         if sliding_window is not None:
             visible &= at[None, :] > at[:, None] - sliding_window
         if role == "S":
-            self._select(layer, query[0], key[0], scaling, s_aux)
+            everything, own = _softmax(logits, visible, s_aux), self._select(layer, query[0], key[0], scaling, s_aux)
+            if own is not None:
+                self._run.recall[layer] = self._recall(everything, self._reuse(visible))
+                visible = self._reuse(visible, own)
         if role == "R":
             everything = _softmax(logits, visible, s_aux)
             visible = self._reuse(visible)
@@ -234,8 +237,11 @@ class DenseDelta:
         out = _softmax(logits, visible, s_aux) @ v
         return out.transpose(0, 1)[None].to(device, query.dtype), None
 
-    def _select(self, layer: int, q: Tensor, k: Tensor, scale: float, sinks: Tensor | None) -> None:
-        """Every decode position picks from its own query; q [n_heads, T, d], k [n_kv, T, d]."""
+    def _select(self, layer: int, q: Tensor, k: Tensor, scale: float, sinks: Tensor | None) -> list[bool] | None:
+        """Every decode position picks from its own query; q [n_heads, T, d], k [n_kv, T, d].
+
+        None: the layer itself attends to everything; otherwise to its pick, but for positions that say True.
+        """
         scores, own = [], []
         for position in range(self._start, q.shape[1]):
             seq_len = position + 1
@@ -243,13 +249,21 @@ class DenseDelta:
             scores.append(row)
             own.append(pick(row, seq_len, self.page_size, *self.limits))
         self._run.scores[layer], self._run.picks[layer] = scores, own
+        self._take(layer, own)
+        return None
+
+    def _take(self, layer: int, own: list[list[int]]) -> None:
+        """What the layers from here on attend to: `own`, or the pick that was given instead."""
         self._last = own if self._given is None else [[int(p) for p in row] for row in self._given[layer]]
 
-    def _reuse(self, causal: Tensor) -> Tensor:
-        """The causal mask [T, T] with each decode position's row cut down to the last pick."""
+    def _reuse(self, causal: Tensor, everything: Sequence[bool] = ()) -> Tensor:
+        """The causal mask [T, T] with each decode position's row cut down to the last pick, but for those of
+        `everything`."""
         assert self._last is not None, "REUSE before any SELECT"
         visible = causal.clone()
         for position, pages in zip(range(self._start, len(causal)), self._last, strict=True):
+            if everything and everything[position - self._start]:
+                continue
             kept = set(pages)
             for page in range(math.ceil(len(causal) / self.page_size)):
                 if page not in kept:

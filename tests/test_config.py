@@ -133,7 +133,21 @@ class TestByName:
     """As a command line or a server's config writes them."""
 
     def test_every_method_has_its_name_and_selector(self) -> None:
-        assert set(REGISTRY) == {"delta", "full"}
+        assert set(REGISTRY) == {
+            "a2sf",
+            "h2o",
+            "indexcache",
+            "lazyeviction",
+            "delta",
+            "full",
+            "lessismore",
+            "quest",
+            "refreshkv",
+            "streaming",
+            "tactic",
+            "tidal",
+            "tokenselect",
+        }
         for name, config in REGISTRY.items():
             assert config.algorithm == name
             assert selector(config()) is not None
@@ -148,7 +162,23 @@ class TestByName:
     @pytest.mark.parametrize(
         ("text", "message"),
         [
-            ("quest", "unknown method 'quest'; allowed are delta, full"),
+            ("quests", "unknown method 'quests'; allowed are a2sf, delta, full"),
+            ("quest:similarity=1", "method 'quest' has no option 'similarity'"),
+            ("tactic:mass=most", "mass='most' in method .* is not a number"),
+            ("tactic:mass=0", "mass=0.0 must be a number above 0 to 1"),
+            ("tactic:mass=nan", "mass=nan must be a number above 0 to 1"),
+            ("tokenselect:similarity=1.1", "similarity=1.1 must be a number from 0 to 1"),
+            ("refreshkv:stride=0", "stride=0 must be a whole number of steps"),
+            ("refreshkv:stride=2.5", "stride='2.5' .* is not a whole number"),
+            ("lessismore:recency=-0.5", "recency=-0.5 must be a number above 0 to 1"),
+            ("lessismore:recent=32", "recent=32: the recent tokens are a share of the budget; give recency"),
+            ("lessismore:recency=1,sinks=16", "do not fit into budget"),
+            ("streaming:window=0", "window=0 must be at least 16 tokens"),
+            ("streaming:window=40", "window=40 is not a multiple"),
+            ("quest:budget=16,sinks=16", "do not fit into budget=16"),
+            ("h2o:lag=0", "lag=0 must be a whole number of steps"),
+            ("a2sf:forgetting=1.5", "forgetting=1.5 must be a number above 0 to 1"),
+            ("lazyeviction:alpha=0", "alpha=0.0 must be a number above 0 to 1"),
             ("", "unknown method ''"),
             ("delta:budgets=512", "method 'delta' has no option 'budgets'; allowed are .*budget"),
             ("full:budget=512", "method 'full' has no option 'budget'"),
@@ -165,6 +195,32 @@ class TestByName:
     def test_refused(self, text: str, message: str) -> None:
         with pytest.raises(deltakv.ConfigError, match=message):
             parse(text)
+
+    def test_parse_fractions_and_default_plans(self) -> None:
+        assert parse("tactic:mass=0.75,budget=512") == deltakv.Tactic(mass=0.75, budget=512)
+        assert parse("refreshkv:stride=4,similarity=1").similarity == 1
+        assert parse("lessismore:budget=160,recency=0.4").recent_pages == 4
+        plans = {name: str(parse(name).layer_plan(8)) for name in REGISTRY}
+        assert plans["streaming"] == "SRRRRRRR"
+        assert plans["quest"] == "FFSSSSSS"
+        assert plans["tidal"] == plans["lessismore"] == "FFSSRRRR"
+        assert plans["tactic"] == plans["delta"]
+        assert plans["tokenselect"] == plans["refreshkv"] == "SSSSSSSS"
+
+    def test_what_a_select_layer_reads(self) -> None:
+        """In tokens' worth of K and V, at 1,000 tokens: 63 pages, the last of 8 tokens."""
+        kept = 512 - 8
+        assert parse("delta").select_tokens(1000) == 1000
+        assert parse("quest:budget=512").select_tokens(1000) == kept + 63
+        assert parse("tokenselect:budget=512").select_tokens(1000) == kept + 500
+        assert parse("refreshkv:budget=512,stride=10").select_tokens(1000) == kept + 50
+        assert parse("streaming:window=496").select_tokens(1000) == kept
+
+    def test_evicting_methods_have_nothing_to_reuse(self) -> None:
+        assert str(parse("h2o").layer_plan(4)) == "SSSS"
+        assert str(parse("h2o:plan=FSSS").layer_plan(4)) == "FSSS"
+        with pytest.raises(deltakv.PlanError, match="'h2o' evicts in each layer by itself, and layer 2 is REUSE"):
+            parse("h2o:plan=FSRS").layer_plan(4)
 
     def test_from_options(self) -> None:
         assert from_options("delta", {"budget": 256, "recent": 32}) == deltakv.Delta(budget=256, recent=32)

@@ -1,8 +1,8 @@
 """The rooms of docs/design.md: imports point downwards only.
 
-cli -> {evals, bench, report} -> integrations -> offload -> {methods, cache} -> {ops, plan, config}; errors, folders
-and version serve all. `loading` (files and names to models) stands beside the integrations. `import deltakv` counts
-as one of the integrations, since that is what the package offers.
+cli -> {evals, bench, report} -> integrations -> offload -> {methods, cache} -> {ops, plan, config, field}; errors,
+folders and version serve all. `loading` (files and names to models) stands beside the integrations. `import deltakv`
+counts as one of the integrations, since that is what the package offers.
 """
 
 from __future__ import annotations
@@ -26,16 +26,23 @@ FLOORS: list[set[str]] = [
     {"integrations", "loading", "deltakv"},
     {"offload"},
     {"methods", "cache"},
-    {"ops", "plan", "config"},
+    {"ops", "plan", "config", "field"},
     {"errors", "folders", "version"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 
 #: Between rooms of one line: what may know what. All other pairs are strangers.
-NEIGHBOURS = {("config", "plan"), ("evals", "bench"), ("report", "evals"), ("deltakv", "integrations")}
+NEIGHBOURS = {
+    ("config", "plan"),
+    ("field", "config"),
+    ("field", "plan"),
+    ("evals", "bench"),
+    ("report", "evals"),
+    ("deltakv", "integrations"),
+}
 
 #: Rooms that never ask which engine they run in.
-ENGINE_FREE = {"offload", "methods", "cache", "ops", "plan", "config", "errors", "folders", "version"}
+ENGINE_FREE = {"offload", "methods", "cache", "ops", "plan", "config", "field", "errors", "folders", "version"}
 ENGINES = {"transformers", "vllm", "accelerate", "peft"}
 
 

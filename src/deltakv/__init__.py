@@ -2,7 +2,7 @@
 
 A decoding step of a long chain of thought reads the whole KV cache in every layer. deltakv reads it in a few layers,
 lets those pick the pages that matter, and reads only these in all the others (DELTA, arXiv 2510.09883). Nothing is
-trained, nothing is evicted.
+trained, and DELTA evicts nothing. The field's other methods are here beside it.
 
     model = AutoModelForCausalLM.from_pretrained(...)
     with deltakv.apply(model, deltakv.Delta(budget=1024)) as handle:
@@ -22,6 +22,19 @@ from deltakv.errors import (
     UnsupportedModelError,
     UnsupportedUseError,
 )
+from deltakv.field import (
+    A2SF,
+    H2O,
+    IndexCache,
+    LazyEviction,
+    LessIsMore,
+    Quest,
+    RefreshKV,
+    StreamingLLM,
+    Tactic,
+    TidalDecode,
+    TokenSelect,
+)
 from deltakv.offload.config import Host
 from deltakv.plan import LayerPlan, Role
 from deltakv.version import __version__
@@ -30,21 +43,32 @@ if TYPE_CHECKING:
     from deltakv.integrations.hf import Handle, PagedCache, Statistics, Trace, apply
 
 __all__ = [
+    "A2SF",
+    "H2O",
     "ConfigError",
     "Delta",
     "DeltaKVError",
     "Full",
     "Handle",
     "Host",
+    "IndexCache",
     "InputError",
     "LayerPlan",
+    "LazyEviction",
+    "LessIsMore",
     "MaskError",
     "Method",
     "OffloadError",
     "PagedCache",
     "PlanError",
+    "Quest",
+    "RefreshKV",
     "Role",
     "Statistics",
+    "StreamingLLM",
+    "Tactic",
+    "TidalDecode",
+    "TokenSelect",
     "Trace",
     "UnsupportedModelError",
     "UnsupportedUseError",

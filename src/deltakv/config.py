@@ -5,6 +5,7 @@ Budgets are given in tokens and count whole pages.
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,15 +15,33 @@ from deltakv.plan import LayerPlan, PlanSpec, resolve
 PAGE_SIZES = (16, 32, 64, 128)
 
 
+class Sees(enum.Enum):
+    """What the pick of a SELECT layer rests on: this settles when the layer picks, and what it reads."""
+
+    SOFTMAX = "softmax"  #: its own attention over the whole row: it attends in full, and picks afterwards
+    KEYS = "keys"  #: its query on all K: it picks first, and attends to its pick
+    BOUNDS = "bounds"  #: the least and the greatest K of each page: it picks first, and attends to its pick
+    LENGTHS = "lengths"  #: how long the row is, and no more: it picks first, and attends to its pick
+
+
 @dataclass(frozen=True, kw_only=True)
 class Method:
     """What all methods share.
 
     page_size: tokens a KV page, one of 16, 32, 64, 128.
-    plan: a `LayerPlan`, a preset's name, one letter a layer, a file, or None for the default by depth.
+    plan: a `LayerPlan`, a preset's name, one letter a layer, a file, or None for the method's own default by depth.
+    sees: what its SELECT layers pick by. remembers: whether a pick outlives its step, so that rows have a past of
+        queries beside that of K and V. evicts: whether pages that were dropped once never come back. by_head: whether
+        the pick needs what each head sees apart, and so all heads in one place. default_plan: the preset that
+        `plan=None` means.
     """
 
     algorithm: ClassVar[str]
+    sees: ClassVar[Sees] = Sees.SOFTMAX
+    remembers: ClassVar[bool] = False
+    evicts: ClassVar[bool] = False
+    by_head: ClassVar[bool] = False
+    default_plan: ClassVar[str | None] = None
 
     page_size: int = 16
     plan: PlanSpec = None
@@ -33,11 +52,39 @@ class Method:
 
     def layer_plan(self, depth: int) -> LayerPlan:
         """The plan for a model with `depth` layers to plan. Raises `PlanError` if there is none."""
-        return resolve(self.plan, depth)
+        return resolve(self.default_plan if self.plan is None else self.plan, depth)
+
+    @property
+    def attends_to_own_pick(self) -> bool:
+        """Whether a SELECT layer attends to what it has picked, and not to everything."""
+        return self.sees is not Sees.SOFTMAX or self.remembers
 
     def kept_pages(self, length: int) -> int:
         """Pages that a REUSE layer reads of a row of `length` tokens; all, unless the method says less."""
         return -(-length // self.page_size)
+
+    def keeps_all(self, length: int) -> bool:
+        """Whether no row of up to `length` tokens can lose a page."""
+        return self.kept_pages(length) == -(-length // self.page_size)
+
+    def kept_tokens(self, length: int) -> int:
+        """Tokens on these pages: whole pages, but the last one of the text may be partly filled."""
+        return self.kept_pages(length) * self.page_size - -length % self.page_size
+
+    def select_tokens(self, length: int) -> int:
+        """What a SELECT layer reads of a row of `length` tokens, in tokens' worth of K and V (K alone is half a
+        token's, the bounds of a page are one token's). On average over steps, for methods that do not pick in each."""
+        if self.sees is Sees.SOFTMAX:
+            return length
+        looked_at = {Sees.KEYS: -(-length // 2), Sees.BOUNDS: -(-length // self.page_size), Sees.LENGTHS: 0}
+        return self.kept_tokens(length) + looked_at[self.sees]
+
+    def _share(self, name: str, *, zero: bool = False) -> None:
+        """Raises `ConfigError` if the field `name` is not a number above 0 (`zero`: or 0) and at most 1."""
+        share = getattr(self, name)
+        number = isinstance(share, int | float) and not isinstance(share, bool)
+        if not number or not (0 < share <= 1 or (zero and share == 0)):
+            raise ConfigError(f"{name}={share!r} must be a number {'from 0' if zero else 'above 0'} to 1")
 
     def _pages(self, name: str, least: int) -> int:
         """The field `name` in whole pages. Raises `ConfigError` if it is not a whole number of at least `least`."""
@@ -74,22 +121,20 @@ class Full(Method):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Delta(Method):
-    """DELTA (arXiv 2510.09883): Δ-layers attend in full and pick the pages that all later layers attend to.
+class Budgeted(Method):
+    """What methods share that keep sinks, recent tokens and the best of the rest.
 
-    budget: tokens a REUSE layer attends to, sinks and recent ones included.
-    recent: the last tokens, always kept; at least one page.
-    sinks: the first tokens, always kept; may be 0 (as in the paper).
-    min_context: a row of at most that many tokens stays dense, because there sparse gains nothing.
+    budget: tokens that a sparse layer attends to, sinks and recent ones included.
+    recent: the last tokens, always kept; at least one page, that of the current token.
+    sinks: the first tokens, always kept; may be 0.
+    min_context: a row of at most that many tokens stays dense.
     `budget`, `recent` and `sinks` are multiples of `page_size`. Raises `ConfigError` if they do not hold together.
     """
 
-    algorithm: ClassVar[str] = "delta"
-
     budget: int = 1024
-    recent: int = 128
+    recent: int = 16
     sinks: int = 16
-    min_context: int = 2048
+    min_context: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -116,3 +161,20 @@ class Delta(Method):
     @property
     def sink_pages(self) -> int:
         return self._pages("sinks", least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Delta(Budgeted):
+    """DELTA (arXiv 2510.09883): Δ-layers attend in full and pick the pages that all later layers attend to.
+
+    budget: tokens a REUSE layer attends to, sinks and recent ones included.
+    recent: the last tokens, always kept; at least one page.
+    sinks: the first tokens, always kept; may be 0 (as in the paper).
+    min_context: a row of at most that many tokens stays dense, because there sparse gains nothing.
+    `budget`, `recent` and `sinks` are multiples of `page_size`. Raises `ConfigError` if they do not hold together.
+    """
+
+    algorithm: ClassVar[str] = "delta"
+
+    recent: int = 128
+    min_context: int = 2048

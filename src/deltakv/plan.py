@@ -129,8 +129,44 @@ def paper(depth: int) -> LayerPlan:
     )
 
 
+def every(depth: int) -> LayerPlan:
+    """Every layer SELECTs: for methods in which each picks for itself."""
+    return LayerPlan((Role.SELECT,) * depth)
+
+
+def first(depth: int) -> LayerPlan:
+    """The first layer SELECTs and all others follow it: for picks that do not depend on the layer."""
+    return LayerPlan.from_layers(depth, select=(0,))
+
+
+def quest(depth: int) -> LayerPlan:
+    """Quest's settings (arXiv 2406.10774, section 3.3): the first two layers FULL, the others SELECT."""
+    return LayerPlan.from_layers(depth, full=range(min(2, depth)), select=range(2, depth))
+
+
+def tidal(depth: int) -> LayerPlan:
+    """TidalDecode's settings for 32-layer Llama models (arXiv 2410.05076, section 3.2: 0, 1 FULL; 2, 13 SELECT), scaled
+    to `depth` layers. Models of fewer than 4 layers stay FULL."""
+    if depth < 4:
+        return all_full(depth)
+    return LayerPlan.from_layers(depth, full=(0, 1), select={2, max(2, round(depth * 13 / 32))})
+
+
+def interleaved(depth: int) -> LayerPlan:
+    """One layer in four SELECTs, the first one included (IndexCache, arXiv 2603.12201: its uniform pattern)."""
+    return LayerPlan.from_layers(depth, select=range(0, depth, 4))
+
+
 #: Presets by name: each makes a plan for a depth. `docs/design.md` says where each comes from.
-PRESETS = {"paper": paper, "full": all_full}
+PRESETS = {
+    "paper": paper,
+    "full": all_full,
+    "every": every,
+    "first": first,
+    "interleaved": interleaved,
+    "quest": quest,
+    "tidal": tidal,
+}
 
 #: What `plan=None` means.
 DEFAULT_PRESET = "paper"

@@ -148,5 +148,6 @@ def test_refusals(run: Run, command: str, words: list[str], said: list[str], mod
 
 def test_what_has_no_ops_or_is_no_number(run: Run, model_folder: str) -> None:
     refused(run("bench", "op", "--model", model_folder, "--method", "full"), "'full'")
+    refused(run("bench", "step", "--model", model_folder, "--method", "h2o"), "'h2o' evicts", "deltakv compare")
     refused(run("bench", "sweep", "--model", model_folder, "--batch-size", "1,many"), "--batch-size", "1,many")
     refused(run("bench", "step", "--model", "nothing-of-the-kind"), "nothing-of-the-kind", "qwen3-8b")

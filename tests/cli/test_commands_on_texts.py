@@ -187,3 +187,68 @@ def test_version(run: Run) -> None:
     from deltakv import __version__
 
     assert run("--version").out.strip() == f"deltakv {__version__}"
+
+
+FIELD = (
+    "streaming:window=48", "quest:budget=64", "tidal:budget=64", "lessismore:budget=64", "tactic:budget=128,mass=0.6",
+    "indexcache:budget=64", "tokenselect:budget=64,recent=16", "refreshkv:budget=64,stride=4",
+    "h2o:budget=64,recent=32", "a2sf:budget=64", "lazyeviction:budget=64,recent=16,lag=16",
+)  # fmt: skip
+
+
+def test_the_field_is_compared_like_delta(run: Run, model_folder: str, tmp_path: Path) -> None:
+    """Fidelity, speed and attended tokens of every method, on one prefill."""
+    json_file = tmp_path / "field.json"
+    options = [word for method in ("full", *FIELD) for word in ("--method", method)]
+    run(
+        "compare", "--model", model_folder, *options, "--context", "600", "--positions", "60", "--steps", "4",
+        "--no-memory", "--json", str(json_file),
+    )  # fmt: skip
+    full, *field = json.loads(json_file.read_text(encoding="utf-8"))["results"]
+    assert [entry["method"] for entry in field] == list(FIELD)
+    for entry in field:
+        assert 0 < entry["kl_mean"] < 20
+        evicts = entry["method"].startswith(("h2o", "a2sf", "lazyeviction"))
+        assert entry["decode_tokens_per_s"] is None if evicts else entry["decode_tokens_per_s"] > 0
+        assert 0 < entry["attended_tokens"] <= full["attended_tokens"]
+        assert entry["recall_by_layer"] and all(0 <= share <= 1 for share in entry["recall_by_layer"].values())
+
+
+def test_memory_of_a_method_that_evicts(run: Run, model_folder: str, tmp_path: Path) -> None:
+    json_file = tmp_path / "memory.json"
+    run(
+        "compare", "--model", model_folder, "--method", "full", "--method", "h2o:budget=64,recent=32,lag=4",
+        "--context", "600", "--positions", "8", "--steps", "0", "--json", str(json_file),
+    )  # fmt: skip
+    full, h2o = json.loads(json_file.read_text(encoding="utf-8"))["results"]
+    assert h2o["kv_bytes"] <= full["kv_bytes"] * 5 / 38
+
+
+@pytest.mark.parametrize(
+    ("method", "attended"),
+    [
+        ("quest:budget=64", 2 * 200 + 4 * (56 + 13)),
+        ("tokenselect:budget=64,recent=16", 6 * (56 + 100)),
+        ("refreshkv:budget=64,stride=10", 6 * (56 + 15)),
+        ("streaming:window=48,sinks=16", 6 * 56),
+        ("h2o:budget=64,recent=32", 6 * (5 * 16 - 8)),
+    ],
+)
+def test_plan_knows_what_is_read_to_pick(
+    run: Run, model_folder: str, tmp_path: Path, method: str, attended: int
+) -> None:
+    """At 200 tokens: 13 pages, the last of 8 tokens."""
+    json_file = tmp_path / "plan.json"
+    run("plan", "--model", model_folder, "--method", method, "--context", "200", "--json", str(json_file))
+    (result,) = json.loads(json_file.read_text(encoding="utf-8"))["results"]
+    assert result["attended_tokens"] == attended
+
+
+@pytest.mark.parametrize("method", ["quest:budget=64", "refreshkv:budget=64,stride=4", "h2o:budget=64,recent=32"])
+def test_inspect_shows_their_picks(run: Run, model_folder: str, tmp_path: Path, method: str) -> None:
+    json_file = tmp_path / "picks.json"
+    words = ("--context", "300", "--steps", "20", "--json", str(json_file), "--out", str(tmp_path / "picks.png"))
+    result = run("inspect", "--model", model_folder, "--method", method, *words)
+    assert result.code == 0, result.err
+    picks = json.loads(json_file.read_text(encoding="utf-8"))["picks"]
+    assert all(len(steps) == 20 and all(pages == sorted(set(pages)) for pages in steps) for steps in picks.values())

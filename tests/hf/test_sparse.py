@@ -103,12 +103,12 @@ def test_nothing_is_scored_where_no_row_can_lose_a_page(
     model_of: Any, monkeypatch: pytest.MonkeyPatch, room: int, recorded: bool, scores: bool
 ) -> None:
     """A table for at most `min_context` tokens: Δ-layers attend in full and no more, and the pick is everything."""
-    from deltakv.integrations.hf import attention
+    from deltakv.integrations.hf import selecting
 
     scored: list[bool] = []
-    with_statistics = attention.decode_attention_stats
+    with_statistics = selecting.decode_attention_stats
     monkeypatch.setattr(
-        attention, "decode_attention_stats", lambda *args: scored.append(True) or with_statistics(*args)
+        selecting, "decode_attention_stats", lambda *args: scored.append(True) or with_statistics(*args)
     )
     row, model = tokens(60)[None], model_of("llama")
     with torch.no_grad(), deltakv.apply(model, small("llama", min_context=128)) as handle:

@@ -29,7 +29,10 @@ ENGINES: dict[str, tuple[dict[str, Any], Any, tuple[str, ...]]] = {
     "CUSTOM without settings": ({}, None, ("CUSTOM without", '"deltakv"', "--additional-config")),
     "settings without CUSTOM": ({"attention_backend": None}, SPARSE, ("is not CUSTOM", "--attention-backend CUSTOM")),
     "settings that are no object": ({}, 3, ("must be an object",)),
-    "unknown algorithm": ({}, {"algorithm": "quest"}, ("unknown method 'quest'", "delta")),
+    "unknown algorithm": ({}, {"algorithm": "quests"}, ("unknown method 'quests'", "delta")),
+    "a method that is not served": (
+        {}, {"algorithm": "quest"}, ("'quest' is not served", "delta, full, indexcache, tidal"),
+    ),
     "unknown option": ({}, {"budgets": 64}, ("no option 'budgets'", "budget")),
     "unknown tp_selection": ({}, {"tp_selection": "both"}, ("tp_selection='both'", "global, local")),
     "fp8 KV": ({"kv_cache_dtype": "fp8"}, SPARSE, ("--kv-cache-dtype fp8", "bfloat16")),

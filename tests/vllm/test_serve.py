@@ -35,7 +35,7 @@ def refused(done: subprocess.CompletedProcess[str], *said: str) -> None:
         (["--port", "8000", "/nowhere"], ("the model comes first",)),
         (["/nowhere"], ("does not exist",)),
         (["smollm2", "--tp-selection", "both"], ("tp_selection='both'", "global, local")),
-        (["smollm2", "--method", "quest"], ("unknown method 'quest'",)),
+        (["smollm2", "--method", "quests"], ("unknown method 'quests'",)),
         (["smollm2", "--method", "delta:budget=512", "--budget", "64"], ("twice",)),
     ],
 )

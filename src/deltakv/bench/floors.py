@@ -22,10 +22,12 @@ class LayerCost:
     window: int | None = None
 
     def tokens(self, length: int, method: Method) -> int:
-        """Tokens that a row of `length` tokens, the current one included, attends to in this layer."""
+        """Tokens' worth of K and V that a row of `length` tokens, the current one included, reads in this layer."""
         if self.window is not None:
             return min(length, self.window)
-        return _kept(length, method) if self.role == Role.REUSE.value else length
+        if self.role == Role.SELECT.value:
+            return method.select_tokens(length)
+        return method.kept_tokens(length) if self.role == Role.REUSE.value else length
 
 
 @dataclass(frozen=True)
@@ -68,12 +70,6 @@ def step_cost(config: Any, windows: tuple[int | None, ...], method: Method, dtyp
     active = getattr(config, "num_experts_per_tok", None)
     share = active / count if count and active else 1.0
     return StepCost(plan, layers, dense * dtype.itemsize, experts * dtype.itemsize, share)
-
-
-def _kept(length: int, method: Method) -> int:
-    """Tokens of the pick: whole pages, but the last one of the text may be partly filled."""
-    empty = -length % method.page_size
-    return method.kept_pages(length) * method.page_size - empty
 
 
 def _parameters(config: Any) -> tuple[int, int]:

@@ -16,13 +16,17 @@ from torch import Tensor
 from deltakv.cache.allocator import PageAllocator
 from deltakv.cache.pool import KVPool
 
+#: In the place of a page that its row has given up.
+GONE = -1
+
 #: Room beyond what rows hold when they are laid out anew: a half. So copying stays a constant share of writing.
 SPARE = 2
 
 
 @dataclass
 class Row:
-    """One sequence: its pages in order (some may lie ahead, still empty) and its tokens."""
+    """One sequence: its pages in order (some may lie ahead, still empty; some may be `GONE`) and its tokens, those on
+    pages that are gone included."""
 
     pages: list[int] = field(default_factory=list)
     length: int = 0
@@ -45,8 +49,9 @@ class RowStore(Protocol):
     """Where the rows of a batch are: a pool of pages, or host memory. Its methods: see `PagedKV`."""
 
     page_size: int
-    rows: list[Row]
 
+    @property
+    def rows(self) -> list[Row]: ...
     def reserve(self, tokens: int) -> None: ...
     def begin(self, counts: list[int]) -> Append: ...
     def commit(self, lengths: list[int]) -> None: ...
@@ -108,10 +113,28 @@ class PagedKV:
                 continue
             row.length = length
             used = self._pages(row.length)
-            if any(self._allocator.is_shared(page) for page in row.pages[used:]):
-                self._allocator.release(row.pages[used:])
-                del row.pages[used:]
+            ahead = _held(row.pages[used:])
+            if any(self._allocator.is_shared(page) for page in ahead):
+                self._allocator.release(ahead)
+                ahead = []
+            if len(row.pages) != used + len(ahead):
+                row.pages[used:] = ahead
                 self._table = None
+
+    def give_up(self, row: Row, numbers: list[int]) -> None:
+        """Pages of a row, by their place in it, that it will never read again; not its last one. They are free for
+        others from now on."""
+        self._allocator.release([row.pages[number] for number in numbers])
+        for number in numbers:
+            row.pages[number] = GONE
+        self._table = None
+
+    def shrink(self) -> None:
+        """Lays the rows out anew if pages that were given up have left the pool mostly empty."""
+        held = sum(len(_held(row.pages[: self._pages(row.length)])) for row in self.rows)
+        if self.pool.n_pages > SPARE * (held + held // SPARE + len(self.rows)):
+            self._ahead = 0
+            self._lay_out([row.length for row in self.rows])
 
     def rearrange(self, indices: list[int]) -> None:
         """New row i is old row `indices[i]`. Rows made from the same one share its pages until they write."""
@@ -122,12 +145,12 @@ class PagedKV:
             pages = old[index].pages
             if index in kept:
                 pages = pages[: self._pages(old[index].length)]
-                self._allocator.share(pages)
+                self._allocator.share(_held(pages))
             kept.add(index)
             rows.append(Row(list(pages), old[index].length))
         for index, row in enumerate(old):
             if index not in kept:
-                self._allocator.release(row.pages)
+                self._allocator.release(_held(row.pages))
         self.rows = rows
         self._table = None
 
@@ -138,7 +161,7 @@ class PagedKV:
     def clear(self) -> None:
         """Forgets all rows; the pool's memory stays for the next ones."""
         for row in self.rows:
-            self._allocator.release(row.pages)
+            self._allocator.release(_held(row.pages))
         self.rows = []
         self._table = None
 
@@ -149,18 +172,18 @@ class PagedKV:
 
     def block_table(self, tokens: int | None = None) -> Tensor:
         """int32 [rows, 1, width] on the CPU, wide enough for rows of `tokens` tokens, or for all that they have room
-        for; 0 where a row has no page."""
+        for; 0 where a row has no page, or none any more."""
         if self._table is None:
             width = max(len(row.pages) for row in self.rows)
             self._table = torch.zeros((len(self.rows), 1, width), dtype=torch.int32)
             for index, row in enumerate(self.rows):
-                self._table[index, 0, : len(row.pages)] = torch.tensor(row.pages, dtype=torch.int32)
+                self._table[index, 0, : len(row.pages)] = torch.tensor(row.pages, dtype=torch.int32).clamp_min_(0)
         return self._table if tokens is None else self._table[:, :, : self._pages(tokens)]
 
     @property
     def nbytes(self) -> int:
         """Bytes of the pages that hold tokens, shared ones once, over all layers, K and V."""
-        used = {page for row in self.rows for page in row.pages[: self._pages(row.length)]}
+        used = {page for row in self.rows for page in _held(row.pages[: self._pages(row.length)])}
         return len(used) * self.pool.bytes_a_page()
 
     def _pages(self, tokens: int) -> int:
@@ -182,7 +205,7 @@ class PagedKV:
         else:
             missing = need - len(row.pages)
             pages = self._allocator.take_after(row.pages[-1], missing)
-            if pages is None and any(self._allocator.is_shared(page) for page in row.pages):
+            if pages is None and any(self._allocator.is_shared(page) for page in _held(row.pages)):
                 pages = self._allocator.take(missing)
         if pages is None:
             return False
@@ -200,26 +223,28 @@ class PagedKV:
         laid_out = []
         for row, length in zip(self.rows, lengths, strict=True):
             used, need = row.pages[: self._pages(row.length)], self._pages(length)
-            if not unshare and any(self._allocator.is_shared(page) for page in used):
+            held = _held(used)
+            if not unshare and any(self._allocator.is_shared(page) for page in held):
                 sharing = True
-                fresh = [page for page in used if page not in moved]
+                fresh = [page for page in held if page not in moved]
                 moved |= zip(fresh, range(end, end + len(fresh)), strict=True)
                 source += fresh
                 target += range(end, end + len(fresh))
                 end += len(fresh) + need - len(used)
-                laid_out.append([moved[page] for page in used] + list(range(end - need + len(used), end)))
+                laid_out.append([moved.get(page, GONE) for page in used] + list(range(end - need + len(used), end)))
             else:
-                room = max(need, self._ahead, len(used) + len(used) // SPARE)
-                laid_out.append(list(range(end, end + room)))
-                source += used
-                target += range(end, end + len(used))
+                room = max(need, self._ahead, len(used) + len(held) // SPARE) - (len(used) - len(held))
+                places = iter(range(end, end + room))
+                laid_out.append([GONE if page == GONE else next(places) for page in used] + list(places))
+                source += held
+                target += range(end, end + len(held))
                 end += room
         n_pages = end + 1 + end // SPARE if sharing else end
         self.pool.move(n_pages, source, target)
         self._allocator = PageAllocator(n_pages)
         for row, pages in zip(self.rows, laid_out, strict=True):
             row.pages = pages
-            self._allocator.share(pages)
+            self._allocator.share(_held(pages))
         self._table = None
 
     def _own_page(self, row: Row, index: int) -> None:
@@ -236,3 +261,8 @@ class PagedKV:
         self._allocator.release([page])
         row.pages[index] = fresh[0]
         self._table = None
+
+
+def _held(pages: list[int]) -> list[int]:
+    """Those that are not gone."""
+    return [page for page in pages if page != GONE]

@@ -58,9 +58,14 @@ class Job:
         shape = model_shape(self.config)
         if any(shape.windows):
             raise InputError(f"{model} has layers with a sliding window, whose caches bench cannot fill at random")
-        for _, method in self.methods:
+        for name, method in self.methods:
             if not isinstance(method, str):
                 method.layer_plan(len(shape.planned_layers))
+                if method.evicts:
+                    raise InputError(
+                        f"method {name!r} evicts, and a cache that bench fills at random has no past to evict by; "
+                        "use `deltakv compare`"
+                    )
 
     @property
     def dtype_name(self) -> str:

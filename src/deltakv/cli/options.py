@@ -23,7 +23,9 @@ Model = Annotated[
     str, typer.Option("--model", "-m", help="A folder, a Hub name (owner/name), a GGUF file, or smollm2.")
 ]
 METHOD_HELP = (
-    "full or delta; options follow, as in delta:budget=512 (also recent, sinks, page_size, min_context, plan)."
+    "delta, full, quest, streaming, tidal, lessismore, tactic, tokenselect, refreshkv, h2o, a2sf, "
+    "lazyeviction or indexcache; options follow, as in "
+    "delta:budget=512 (also recent, sinks, page_size, min_context, plan; the README has the others)."
 )
 OneMethod = Annotated[str, typer.Option("--method", help=METHOD_HELP)]
 TextFile = Annotated[

@@ -161,14 +161,18 @@ class Comparison:
                 runners.prefill(self.model, cache, self.ids[:, self._before : self.settings.context])
 
     def _measure_speed(self, entries: list[Entry]) -> list[Entry]:
+        """Of all but methods that evict: the few steps of a turn would show them before they have dropped anything."""
         settings = self.settings
         made = self._runners()
         first = self.ids[:, -1:].expand(settings.batch, 1).contiguous().to(self.model.device)
         advance = self.progress("speed", turns(settings.steps) * len(made))
         speeds = measure_speed(self.model, made, first, settings.steps, advance)
+        measured = {runner.name: (speed, runner.kv_bytes()) for speed, runner in zip(speeds, made, strict=True)}
         return [
-            replace(entry, speed=speed, kv_bytes=runner.kv_bytes())
-            for entry, speed, runner in zip(entries, speeds, made, strict=True)
+            replace(entry, speed=measured[entry.method][0], kv_bytes=measured[entry.method][1])
+            if entry.method in measured
+            else entry
+            for entry in entries
         ]
 
     def _runners(self) -> list[runners.Runner]:
@@ -188,17 +192,19 @@ class Comparison:
         for cache in self._caches.values():
             runners.repeat_rows(cache, batch)
         for index, (name, method) in enumerate(self.methods):
-            if isinstance(method, Method):
+            if isinstance(method, Method) and not method.evicts:
                 made[index] = runners.MethodRunner(name, self.model, method, self._caches[method.page_size])
-        return [made[index] for index in range(len(self.methods))]
+        return [made[index] for index in sorted(made)]
 
     def _measure_memory(self, entries: list[Entry], path: str, dtype: str, device: str) -> list[Entry]:
         settings, threads = self.settings, torch.get_num_threads()
         advance = self.progress("memory, a process a method", len(entries))
         ids = self.ids[0, : settings.context].tolist()
         done = []
-        for entry in entries:
-            found = measure_memory(path, entry.method, ids, settings.batch, 4, dtype, device, threads)
+        for entry, (_, method) in zip(entries, self.methods, strict=True):
+            evicts = isinstance(method, Method) and method.evicts
+            steps = getattr(method, "lag", 0) + 1 if evicts else 4  # so that something has been dropped
+            found = measure_memory(path, entry.method, ids, settings.batch, steps, dtype, device, threads)
             done.append(
                 replace(
                     entry,

@@ -8,28 +8,69 @@ from typing import Any
 
 from deltakv.config import Delta, Full, Method
 from deltakv.errors import ConfigError
-from deltakv.methods.base import Picks, Selector, SoftmaxStats
+from deltakv.field import (
+    A2SF,
+    H2O,
+    IndexCache,
+    LazyEviction,
+    LessIsMore,
+    Quest,
+    RefreshKV,
+    StreamingLLM,
+    Tactic,
+    TidalDecode,
+    TokenSelect,
+)
+from deltakv.methods.a2sf import A2SFEvictor
+from deltakv.methods.base import Evictor, Lengths, PageBounds, Picks, Refresher, Selector, SoftmaxStats, listed, marked
 from deltakv.methods.delta import DeltaSelector
 from deltakv.methods.full import FullSelector
+from deltakv.methods.h2o import H2OEvictor
+from deltakv.methods.indexcache import IndexCacheSelector
+from deltakv.methods.lazyeviction import LazyEvictor
+from deltakv.methods.lessismore import LessIsMoreSelector
+from deltakv.methods.memory import Memory, Tally
+from deltakv.methods.quest import QuestSelector
+from deltakv.methods.refreshkv import RefreshKVSelector
+from deltakv.methods.streaming import StreamingSelector
+from deltakv.methods.tactic import TacticSelector
+from deltakv.methods.tidal import TidalSelector
+from deltakv.methods.tokenselect import TokenSelectSelector
 
 #: Config classes by the name that a command line or a server's config gives them.
 REGISTRY: dict[str, type[Method]] = {}
 
-_SELECTORS: dict[type[Method], Callable[[Any], Selector]] = {}
+_SELECTORS: dict[type[Method], Callable[[Any], Selector | Refresher | Evictor]] = {}
 
 
-def register(config: type[Method], selector: Callable[[Any], Selector]) -> None:
-    """Makes a method known under its `algorithm` name. selector: called with a config, gives its `Selector`."""
+def register(config: type[Method], selector: Callable[[Any], Selector | Refresher | Evictor]) -> None:
+    """Makes a method known under its `algorithm` name.
+
+    selector: called with a config, gives its `Selector`; a `Refresher` where the config `remembers`, and an `Evictor`
+        where it `evicts`.
+    """
     REGISTRY[config.algorithm] = config
     _SELECTORS[config] = selector
 
 
 register(Full, FullSelector)
 register(Delta, DeltaSelector)
+register(StreamingLLM, StreamingSelector)
+register(Quest, QuestSelector)
+register(TidalDecode, TidalSelector)
+register(LessIsMore, LessIsMoreSelector)
+register(Tactic, TacticSelector)
+register(TokenSelect, TokenSelectSelector)
+register(RefreshKV, RefreshKVSelector)
+register(IndexCache, IndexCacheSelector)
+register(H2O, H2OEvictor)
+register(A2SF, A2SFEvictor)
+register(LazyEviction, LazyEvictor)
 
 
-def selector(config: Method) -> Selector:
-    """The selector that carries out `config`. Raises `ConfigError` if its class is not registered."""
+def selector(config: Method) -> Any:
+    """The `Selector` (or `Refresher`) that carries out `config`. Raises `ConfigError` if its class is not
+    registered."""
     if type(config) not in _SELECTORS:
         raise ConfigError(f"{config!r} is not a method; allowed are {', '.join(c.__name__ for c in _SELECTORS)}")
     return _SELECTORS[type(config)](config)
@@ -40,7 +81,7 @@ def from_options(algorithm: str, options: dict[str, Any]) -> Method:
     if algorithm not in REGISTRY:
         raise ConfigError(f"unknown method {algorithm!r}; allowed are {', '.join(sorted(REGISTRY))}")
     config = REGISTRY[algorithm]
-    allowed = [field.name for field in dataclasses.fields(config)]
+    allowed = option_types(config)
     if unknown := sorted(set(options) - set(allowed)):
         raise ConfigError(f"method {algorithm!r} has no option {unknown[0]!r}; allowed are {', '.join(allowed)}")
     return config(**options)
@@ -49,9 +90,11 @@ def from_options(algorithm: str, options: dict[str, Any]) -> Method:
 def parse(text: str) -> Method:
     """A method as a command line writes it: `full`, or `delta:budget=512,sinks=0,plan=FFSRRR`.
 
-    Options are the fields of the config; all but `plan` are whole numbers. Raises `ConfigError` otherwise.
+    Options are the fields of the config: `plan`, and numbers, whole ones unless the field says float. Raises
+    `ConfigError` otherwise.
     """
     algorithm, _, rest = text.strip().partition(":")
+    types = option_types(REGISTRY[algorithm]) if algorithm in REGISTRY else {}
     options: dict[str, Any] = {}
     for part in filter(None, (piece.strip() for piece in rest.split(","))):
         name, equals, value = (piece.strip() for piece in part.partition("="))
@@ -59,15 +102,39 @@ def parse(text: str) -> Method:
             raise ConfigError(f"{part!r} in method {text!r} is not of the form option=value")
         if name in options:
             raise ConfigError(f"method {text!r} gives the option {name!r} twice")
-        options[name] = value if name == "plan" else _whole_number(name, value, text)
+        options[name] = value if name == "plan" else _number(name, value, types.get(name), text)
     return from_options(algorithm, options)
 
 
-def _whole_number(name: str, value: str, text: str) -> int:
+def option_types(config: type[Method]) -> dict[str, Any]:
+    """The options of a method by name, with their types as the config writes them."""
+    return {field.name: field.type for field in dataclasses.fields(config)}
+
+
+def _number(name: str, value: str, kind: Any, text: str) -> int | float:
+    whole = kind not in (float, "float")
     try:
-        return int(value.replace("_", ""))
+        return int(value.replace("_", "")) if whole else float(value)
     except ValueError:
-        raise ConfigError(f"{name}={value!r} in method {text!r} is not a whole number") from None
+        raise ConfigError(f"{name}={value!r} in method {text!r} is not a {'whole ' if whole else ''}number") from None
 
 
-__all__ = ["REGISTRY", "Picks", "Selector", "SoftmaxStats", "from_options", "parse", "register", "selector"]
+__all__ = [
+    "REGISTRY",
+    "Evictor",
+    "Lengths",
+    "Memory",
+    "PageBounds",
+    "Picks",
+    "Refresher",
+    "Selector",
+    "SoftmaxStats",
+    "Tally",
+    "from_options",
+    "listed",
+    "marked",
+    "option_types",
+    "parse",
+    "register",
+    "selector",
+]

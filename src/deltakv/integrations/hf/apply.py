@@ -22,18 +22,20 @@ from deltakv.errors import ConfigError, UnsupportedUseError
 from deltakv.integrations.hf.attention import PagedAttention
 from deltakv.integrations.hf.cache import PagedCache
 from deltakv.integrations.hf.checks import check_cache
+from deltakv.integrations.hf.evicting_cache import EvictingCache
 from deltakv.integrations.hf.fused import Fused, fuse_projections
 from deltakv.integrations.hf.generation import Generation
 from deltakv.integrations.hf.offload import Offload, host_config
 from deltakv.integrations.hf.positions import Positions, Trace
+from deltakv.integrations.hf.selecting import Selecting
 from deltakv.integrations.hf.stats import Statistics
-from deltakv.integrations.hf.step import Chunk
+from deltakv.integrations.hf.step import Chunk, Step
 from deltakv.integrations.hf.stops import defer_stops
 from deltakv.integrations.hf.support import model_shape, unwrap
 from deltakv.methods import selector
 from deltakv.offload.config import Host
 from deltakv.ops import native
-from deltakv.plan import LayerPlan
+from deltakv.plan import LayerPlan, Role
 
 _PREFIX = "deltakv_"
 _numbers = itertools.count(1)
@@ -83,7 +85,7 @@ class Handle:
         self.method: Method = method
         self.planned_layers = shape.planned_layers
         self.plan: LayerPlan = method.layer_plan(len(self.planned_layers))
-        self.stats = Statistics(self.plan)
+        self.stats = Statistics(self.plan, own_pick=method.attends_to_own_pick)
         self._name = f"{_PREFIX}{next(_numbers)}"
         self._windows = shape.windows
         self._check_cache = partial(
@@ -94,9 +96,9 @@ class Handle:
         self.offload = None if host is None else Offload(model, method, host, self.planned_layers)
         recompute = {} if self.offload is None else self.offload.recompute
         roles = dict(zip(self.planned_layers, self.plan.roles, strict=True))
-        self._attention = PagedAttention(
-            roles, self._selector, method.kept_pages, model.config._attn_implementation, recompute
-        )
+        self._select = [layer for layer, role in roles.items() if role is Role.SELECT]
+        selecting = Selecting(method, self._selector)
+        self._attention = PagedAttention(roles, selecting, model.config._attn_implementation, recompute)
         self._fused: list[Fused] = []
         self._undo = contextlib.ExitStack()
         if any(parameter.device.type == "cpu" for parameter in model.parameters()):
@@ -118,11 +120,14 @@ class Handle:
         max_length: the tokens a row is expected to reach. croppable: layers with a sliding window keep what `crop`
         would need to go back to, up to the next `crop` (other layers can always be cropped). static: forwards of one
         token may be captured as CUDA graphs, as long as no row outgrows `max_length`; models whose layers have a
-        window cannot, and get an ordinary cache.
+        window cannot, and get an ordinary cache. Under a method that evicts, memory follows what it keeps, and the host
+        lays forwards out; on any other cache such a method leaves pages unread that it would drop.
         """
         static = static and not any(self._windows)
-        if self.offload is not None:
-            cache: PagedCache = self.offload.new_cache(self._windows, self.method.page_size, max_length)
+        if self.method.evicts:
+            cache: PagedCache = EvictingCache(self._windows, self.method.page_size)
+        elif self.offload is not None:
+            cache = self.offload.new_cache(self._windows, self.method.page_size, max_length)
         else:
             cache = PagedCache(self._windows, self.method.page_size, max_length, static=static)
         if croppable:
@@ -141,13 +146,34 @@ class Handle:
         self._check_cache(cache)
         if not cache.can_decode or self._is_watched:
             return False
-        cache.announce(self.model.device, finished)
         books = cache.state.decoding
+        if books.started and not cache.state.known.ready(self._name, len(books.lengths), 0):
+            cache.settle()  # another method has decoded until now
+        started, room = books.started, books.capacity if books.started else 0
+        cache.announce(self.model.device, finished)
+        if not started or books.capacity != room:
+            self._prepare(cache, books.block_table.shape[2])
         books.owner = self._name
         books.meter = self.stats.meter(len(books.lengths), books.lengths.device, static=books.static)
         self.stats.kv_reader = books.kv_reader()
         self._cache = weakref.ref(cache)
         return True
+
+    def _prepare(self, cache: PagedCache, width: int) -> None:
+        """Brings what the method knows of the cache's rows up to date, for block tables of `width` pages."""
+        state, heads = cache.state, self.model.config.get_text_config().num_attention_heads
+        static = state.decoding.static
+        state.known.prepare(
+            self._name,
+            self.method,
+            self._select,
+            heads,
+            state.pool,
+            cache.rows_of,
+            width,
+            static=static,
+            numbers=getattr(self._selector, "numbers", 0),
+        )
 
     @property
     def _is_watched(self) -> bool:
@@ -170,7 +196,7 @@ class Handle:
             raise UnsupportedUseError("evaluation mode reads K and V on the device; apply without kv_device='host'")
         if self._attention.positions is not None:
             raise UnsupportedUseError("evaluation mode is already on; leave its `with` block first")
-        self._attention.positions = Positions(self._selector, self.method.page_size, picks=picks, recall=recall)
+        self._attention.positions = Positions(self.method, self._selector, picks=picks, recall=recall)
         try:
             yield self._attention.positions.trace
         finally:
@@ -253,7 +279,12 @@ class Handle:
         self._cache = weakref.ref(cache)
         if width == 1 and mask is None and cache.is_unpadded(batch) and self.announce(cache):
             return kwargs
-        cache.begin(batch, width, mask)
+        if isinstance(cache, EvictingCache):
+            cache.gives_up = self.method.evicts and self._attention.positions is None
+            cache.check_layers(self._select if cache.gives_up else [])
+        step = cache.begin(batch, width, mask)
+        if self.offload is None and step.onto_past:
+            self._prepare(cache, step.block_table.shape[2])
         self._attention.cache = cache
         return kwargs
 
@@ -292,7 +323,7 @@ class Handle:
             self._close(output is None)
         elif step is not None:
             self._attention.cache = None
-            cache.state.decoding.meter.add(step.seq_lens[:, 0], [pick.seq_lens[:, 0] for pick in step.picks])
+            cache.state.decoding.meter.add(step.seq_lens[:, 0], *_counts(step))
             cache.commit()
 
     @torch.compiler.disable
@@ -310,19 +341,25 @@ class Handle:
         assert isinstance(step, Chunk)
         if step.decode and positions is None:
             meter = self.stats.meter(len(step.real), step.seq_lens.device, static=False)
-            meter.add(step.seq_lens[:, 0], [pick.seq_lens[:, 0] for pick in step.picks])
+            meter.add(step.seq_lens[:, 0], *_counts(step))
             if self.stats.record_picks:
                 number = self.stats.steps - 1
                 self.stats.picks += [(number, p.layer, p.pages.pages, p.pages.n_kept) for p in step.picks]
         elif positions is not None and step.onto_past:
             spans = zip(step.append.past, step.append.lengths, strict=True)
             seq_lens = torch.cat([torch.arange(past + 1, end + 1, dtype=torch.int32) for past, end in spans])
-            self.stats.add_positions(seq_lens, positions.commit())
+            self.stats.add_positions(seq_lens, *positions.commit())
         cache.commit()
-        # Counting pages takes a while for many long rows, so only when a row has begun a new one.
-        if any(
+        # Counting pages takes a while for many long rows, so only when a row has begun a new one, or may have lost one.
+        if isinstance(cache, EvictingCache) or any(
             new % cache.page_size == 1 or new - old > 1
             for old, new in zip(step.append.past, step.append.lengths, strict=True)
         ):
             kv_bytes = cache.kv_bytes
             self.stats.kv_reader = lambda: kv_bytes
+
+
+def _counts(step: Step) -> tuple[list[Tensor], list[Tensor]]:
+    """What a `Meter` adds up of a decode step: the tokens of each pick, and what was read to pick it."""
+    looked_at = [pick.looked_at for pick in step.picks if pick.looked_at is not None]
+    return [pick.seq_lens[:, 0] for pick in step.picks], looked_at

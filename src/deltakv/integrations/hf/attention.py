@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,10 +16,10 @@ from deltakv.integrations.hf.cache import PagedCache
 from deltakv.integrations.hf.host_cache import HostCache
 from deltakv.integrations.hf.layers import as_autocast
 from deltakv.integrations.hf.positions import Positions
-from deltakv.integrations.hf.step import Chunk, Pick, Step
-from deltakv.methods import Picks, Selector, SoftmaxStats
+from deltakv.integrations.hf.selecting import Selecting
+from deltakv.integrations.hf.step import Chunk, Step
 from deltakv.offload.layer import Recompute
-from deltakv.ops import decode_attention, decode_attention_stats, prefill_attention, row_kv
+from deltakv.ops import decode_attention, prefill_attention, row_kv
 from deltakv.plan import Role
 
 
@@ -41,23 +40,16 @@ class _Inference(torch.autograd.Function):
 class PagedAttention:
     """Attention of the planned layers through the paged cache; all other calls go to the model's own function.
 
-    roles: the role of each planned layer, by its index in the model.
-    kept_pages: the most pages that REUSE layers read of a row of so many tokens.
+    roles: the role of each planned layer, by its index in the model. selecting: what its SELECT layers do.
     original: the name of the attention implementation that the model had.
     recompute: by layer, how K and V are made from its input again; for a cache in host memory.
     """
 
     def __init__(
-        self,
-        roles: dict[int, Role],
-        selector: Selector,
-        kept_pages: Callable[[int], int],
-        original: str,
-        recompute: dict[int, Recompute],
+        self, roles: dict[int, Role], selecting: Selecting, original: str, recompute: dict[int, Recompute]
     ) -> None:
         self.roles = roles
-        self.selector = selector
-        self.kept_pages = kept_pages
+        self.selecting = selecting
         self.original = original
         self.recompute = recompute
         self._thread = threading.local()
@@ -96,6 +88,7 @@ class PagedAttention:
             raise UnsupportedUseError(
                 "attention dropout or soft-capping cannot go through a deltakv cache; use model.eval()"
             )
+        step = step.of(layer)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         sinks = kwargs.get("s_aux")
         with torch.no_grad():
@@ -146,27 +139,11 @@ class PagedAttention:
             assert step.pick is not None, "a plan has a SELECT layer before any REUSE layer"
             table, lens = step.pick.on(query.device)
             return decode_attention(query, k_pool, v_pool, table, lens, scale, sinks)
+        if role is Role.SELECT:
+            known = self.cache.state.known
+            return self.selecting.attend(step, known, layer, query, k_pool, v_pool, scale, sinks)
         table, lens = step.on(query.device, "block_table"), step.on(query.device, "seq_lens")
-        width = table.shape[-1]
-        if role is Role.SELECT and self.kept_pages(width * self.cache.page_size) == width:
-            # Not even a row that fills the table would lose a page. A shape says so, so a graph holds no trace of it.
-            step.pick = _everything(layer, table, lens, self.cache.page_size)
-            step.picks.append(step.pick)
-            role = Role.FULL
-        if role is Role.FULL:
-            return decode_attention(query, k_pool, v_pool, table, lens, scale, sinks)
-        out, logits, peaks, lse = decode_attention_stats(query, k_pool, v_pool, table, lens, scale, sinks)
-        page_size = self.cache.page_size
-        picks = self.selector.pick(SoftmaxStats(logits, peaks, lse, lens[:, 0], page_size))
-        missing = -lens[:, 0] % page_size  # empty slots of the last page
-        step.pick = Pick(
-            layer=layer,
-            pages=picks,
-            block_table=table[:, 0].gather(1, picks.pages.long())[:, None],
-            seq_lens=(picks.n_kept * page_size - missing)[:, None],
-        )
-        step.picks.append(step.pick)
-        return out
+        return decode_attention(query, k_pool, v_pool, table, lens, scale, sinks)
 
     def _prefill(
         self,
@@ -193,18 +170,17 @@ class PagedAttention:
         k_pool, v_pool = self.cache.state.pool.layer(layer)
         query = query.transpose(1, 2)
         out = torch.zeros_like(query, memory_format=torch.contiguous_format)
+        known = self.cache.state.known
+        memories = [known.of_row(layer, row) if role is Role.SELECT else None for row in range(len(query))]
         for row, tokens in enumerate(step.append.lengths):
             columns = step.real[row].nonzero().flatten()
             if len(columns) == 0:
                 continue
             k, v = row_kv(k_pool, v_pool, step.block_table[row, 0], tokens)
-            out[row, columns] = self.positions.attend(row, layer, role, query[row, columns], k, v, scale, sinks)
+            seen = query[row, columns], k, v, scale, sinks
+            out[row, columns], memories[row] = self.positions.attend(row, layer, role, *seen, memories[row])
+        if kept := [memory for memory in memories if memory is not None]:
+            kind = type(kept[0])
+            names = (*kind.BY_PAGE, *kind.BY_ROW)
+            step.memories[layer] = kind(**{name: torch.cat([getattr(x, name) for x in kept]) for name in names})
         return out
-
-
-def _everything(layer: int, block_table: Tensor, seq_lens: Tensor, page_size: int) -> Pick:
-    """The pick of a SELECT layer whose rows keep all their pages. Arguments: the layer's index; as in `Step`."""
-    n_pages = (seq_lens[:, 0] + page_size - 1) // page_size
-    pages = torch.arange(block_table.shape[-1], dtype=torch.int32, device=block_table.device)
-    kept = torch.where(pages < n_pages[:, None], pages, 0)
-    return Pick(layer, Picks(kept, n_pages), block_table, seq_lens)

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from deltakv.cache import PagedKV, RowStore
+from deltakv.cache.rows import Row
 from deltakv.errors import UnsupportedUseError
 from deltakv.integrations.hf.decoding import Decoding
 from deltakv.integrations.hf.layers import PagedLayer, State, WindowedLayer
@@ -29,6 +30,8 @@ class PagedCache(Cache):
     """
 
     layer_type: ClassVar[type[PagedLayer]] = PagedLayer
+    #: Whether a page that a method drops is lost, and not just left unread.
+    evicts: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -124,6 +127,7 @@ class PagedCache(Cache):
             assert columns is not None
             lengths, seen = decoding.stop()
             self.state.kv.commit(lengths)
+            self.state.known.grown(lengths, self.page_size)
             self.state.columns = columns.grown(lengths, seen)
 
     def begin(self, batch: int, width: int, mask: Tensor | None) -> Chunk:
@@ -141,8 +145,9 @@ class PagedCache(Cache):
             )
         after, real = columns.extended(mask, width)
         if columns.seen:  # the mask may have dropped the end of some rows
-            self.state.columns = columns = after.cropped(width)
-            kv.truncate(columns.counts())
+            columns = after.cropped(width)
+            self._truncate(columns.counts())
+            self.state.columns = columns
         append = kv.begin(real.sum(1).tolist())
         self._before = [dict(layer.__dict__) for layer in self._windowed()]  # their updates replace tensors
         slots = torch.tensor([slot for row in append.slots for slot in row], dtype=torch.long)
@@ -180,8 +185,14 @@ class PagedCache(Cache):
             self.state.kv.commit(step.append.lengths)
             self.state.columns = step.columns
             self._before = []
+            if step.noted:
+                self.state.known.grown(step.append.lengths, self.page_size)
+            elif not step.decode and not step.memories:
+                self.state.known.truncated(step.append.past, self.page_size, final=self.evicts)
         else:
             self.state.decoding.commit()
+        for layer, memory in ({} if step is None else step.memories).items():
+            self.state.known.remember(layer, memory)
 
     def get_seq_length(self, layer_idx: int = 0) -> Any:
         """Columns so far, padding included; the same for every layer. In an announced forward a tensor, as in
@@ -199,8 +210,9 @@ class PagedCache(Cache):
         seen = self.get_seq_length()
         drop = -tokens_to_remove if tokens_to_remove <= 0 else max(seen - tokens_to_remove, 0)
         if self.state.columns is not None and drop:
-            self.state.columns = self.state.columns.cropped(drop)
-            self.kv.truncate(self.state.columns.counts())
+            columns = self.state.columns.cropped(drop)
+            self._truncate(columns.counts())
+            self.state.columns = columns
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes a copy of row `beam_idx[i]`; pages are shared until written."""
@@ -230,14 +242,25 @@ class PagedCache(Cache):
     def reset(self) -> None:
         """Forgets all rows; the pool's memory is kept."""
         self.kv.clear()
+        self.state.known.clear()
         self.state.columns = self.state.step = None
         for layer in self._windowed():
             layer.reset()
+
+    def _truncate(self, counts: list[int]) -> None:
+        if any(count < row.length for count, row in zip(counts, self.state.kv.rows, strict=True)):
+            self.state.known.truncated(counts, self.page_size, final=self.evicts)
+        self.state.kv.truncate(counts)
+
+    def rows_of(self, layer: int) -> list[Row]:
+        """The rows as that layer holds them."""
+        return self.state.kv.rows
 
     def _rearrange(self, indices: list[int]) -> None:
         self.settle()
         if self.state.columns is not None:
             self.kv.rearrange(indices)
+            self.state.known.rearrange(indices)
             self.state.columns = self.state.columns.rearranged(indices)
 
     def _windowed(self) -> list[WindowedLayer]:

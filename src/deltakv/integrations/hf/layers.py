@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from deltakv.cache import RowStore
 from deltakv.cache.pool import KVPool
 from deltakv.errors import UnsupportedUseError
 from deltakv.integrations.hf.decoding import Decoding
+from deltakv.integrations.hf.known import Known
 from deltakv.integrations.hf.padding import Columns
 from deltakv.integrations.hf.step import Chunk, Step
 from deltakv.ops import store_kv
@@ -22,7 +23,7 @@ from deltakv.ops import store_kv
 class State:
     """What the layers of one cache share. Apart from the cache, so that no reference cycle keeps its memory alive.
 
-    kv: the rows. pool: the memory of their K and V, where it is on the device.
+    kv: the rows. pool: the memory of their K and V, where it is on the device. known: what the method knows of them.
     columns: the committed ones, None before the first forward; while decoding has started, those before it.
     step: the forward under way.
     """
@@ -32,6 +33,7 @@ class State:
     decoding: Decoding
     columns: Columns | None = None
     step: Step | None = None
+    known: Known = field(default_factory=Known)
 
     @property
     def seen(self) -> int:
@@ -66,7 +68,7 @@ class PagedLayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Stores K and V, [batch, n_kv_heads, width, head_dim], at the step's slots."""
-        step = self.check_in_use()
+        step = self.check_in_use().of(self.index)
         key_states, value_states = as_autocast(key_states), as_autocast(value_states)
         k_pool, v_pool = self._state.pool.ensure_layer(self.index, key_states)
         k = key_states.detach().transpose(1, 2).flatten(0, 1)

@@ -15,43 +15,52 @@ from deltakv.plan import LayerPlan, Role
 class Meter:
     """Counts of one batch, added up on its device; a forward that counts can be one CUDA graph.
 
-    plan: what is counted for. counts: int64 [4 + SELECT layers, rows]: steps; those in which the row took part; those
-    in which it was sparse; tokens of the row; and what the REUSE layers of each SELECT layer attended to.
+    plan: what is counted for. own_pick: its SELECT layers attend to what they pick. counts: int64 [4 + SELECT layers,
+    rows]: steps; those in which the row took part; those in which it was sparse; tokens of the row; and the pick of
+    each SELECT layer. With own_pick a row more: what SELECT layers read beside their pick, in tokens' worth.
     """
 
-    def __init__(self, plan: LayerPlan, rows: int, device: torch.device, *, static: bool = False) -> None:
+    def __init__(
+        self, plan: LayerPlan, rows: int, device: torch.device, *, static: bool = False, own_pick: bool = False
+    ) -> None:
         selects = plan.layers(Role.SELECT)
         ends = [*selects, len(plan)][1:]
         self._plan = plan
-        self._reusing = [
-            sum(plan.roles[layer] is Role.REUSE for layer in range(first, end))
+        self._own_pick = own_pick and bool(selects)
+        self._attending = [
+            self._own_pick + sum(plan.roles[layer] is Role.REUSE for layer in range(first, end))
             for first, end in zip(selects, ends, strict=True)
         ]
         with torch.inference_mode(False):  # made in inference mode, it could not be written outside of it
-            self.counts = torch.zeros((4 + len(selects), rows), dtype=torch.long, device=device)
+            self.counts = torch.zeros((4 + len(selects) + self._own_pick, rows), dtype=torch.long, device=device)
         if static:
             mark_static(self.counts)
 
-    def add(self, seq_lens: Tensor, kept_tokens: Sequence[Tensor]) -> None:
+    def add(self, seq_lens: Tensor, kept_tokens: Sequence[Tensor], looked_at: Sequence[Tensor] = ()) -> None:
         """One step. seq_lens: int32 [rows], 0 for a row that took no part; kept_tokens: one int32 [rows] a SELECT
-        layer, in order, what its REUSE layers attend to. No value is looked at, so it can be traced."""
+        layer, in order, the tokens of its pick; looked_at: with own_pick, likewise what the layer reads beside it. No
+        value is looked at, so it can be traced."""
         kept = [tokens.to(seq_lens.device) for tokens in kept_tokens]
         sparse = torch.zeros_like(seq_lens, dtype=torch.bool)
-        for tokens, reusing in zip(kept, self._reusing, strict=True):
-            if reusing:
+        for tokens, attending in zip(kept, self._attending, strict=True):
+            if attending:
                 sparse = sparse | (tokens < seq_lens)
+        if self._own_pick:
+            kept.append(torch.stack([tokens.to(seq_lens.device) for tokens in looked_at]).sum(0))
         self.counts.add_(torch.stack([torch.ones_like(seq_lens), seq_lens > 0, sparse, seq_lens, *kept]))
 
     def read(self) -> dict[str, int]:
         """What the statistics say of it. Waits for the device."""
         steps = int(self.counts[0].max()) if self.counts.numel() else 0
         _, rows, sparse, tokens, *kept = self.counts.sum(1).tolist()
-        reused = sum(count * reusing for count, reusing in zip(kept, self._reusing, strict=True))
+        looked_at = kept.pop() if self._own_pick else 0
+        picked = sum(count * attending for count, attending in zip(kept, self._attending, strict=True))
+        in_full = len(self._plan.layers(Role.FULL)) if self._own_pick else self._plan.reads_in_full
         return {
             "steps": steps,
             "rows": rows,
             "sparse_rows": sparse,
-            "attended_tokens": tokens * self._plan.reads_in_full + reused,
+            "attended_tokens": tokens * in_full + picked + looked_at,
             "full_tokens": tokens * len(self._plan),
         }
 
@@ -60,12 +69,14 @@ class Meter:
 class Statistics:
     """Counts over all decode steps (and evaluated positions) since `apply` or `reset`, planned layers only.
 
+    own_pick: SELECT layers attend to what they pick.
     picks: while `record_picks` is on, for each step and SELECT layer (step, layer, pages int32 [rows, width], n_kept
     int32 [rows]). The counts are on the model's device until they are asked for.
     """
 
     plan: LayerPlan
     record_picks: bool = False
+    own_pick: bool = False
     picks: list[tuple[int, int, Tensor, Tensor]] = field(default_factory=list)
     kv_reader: Callable[[], int] = field(default=lambda: 0, repr=False)
     _positions: dict[str, int] = field(default_factory=dict, repr=False)
@@ -83,12 +94,13 @@ class Statistics:
 
     @property
     def sparse_rows(self) -> int:
-        """Row-steps in which a REUSE layer attended to less than the whole row."""
+        """Row-steps in which a layer's pick was less than the whole row."""
         return self._total("sparse_rows")
 
     @property
     def attended_tokens(self) -> int:
-        """Tokens attended to, summed over rows, steps and layers."""
+        """Tokens attended to, summed over rows, steps and layers. What is read to pick, without attending, counts by
+        its bytes: K of a token is half a token's worth, bounds of a page are one."""
         return self._total("attended_tokens")
 
     @property
@@ -122,13 +134,14 @@ class Statistics:
         static: it may be one that a graph adds to.
         """
         if (rows, device, static) not in self._meters:
-            self._meters[rows, device, static] = Meter(self.plan, rows, device, static=static)
+            made = Meter(self.plan, rows, device, static=static, own_pick=self.own_pick)
+            self._meters[rows, device, static] = made
         return self._meters[rows, device, static]
 
-    def add_positions(self, seq_lens: Tensor, kept_tokens: Sequence[Tensor]) -> None:
+    def add_positions(self, seq_lens: Tensor, kept_tokens: Sequence[Tensor], looked_at: Sequence[Tensor] = ()) -> None:
         """One forward of evaluated positions, each a row."""
-        meter = Meter(self.plan, len(seq_lens), seq_lens.device)
-        meter.add(seq_lens, kept_tokens)
+        meter = Meter(self.plan, len(seq_lens), seq_lens.device, own_pick=self.own_pick)
+        meter.add(seq_lens, kept_tokens, looked_at)
         for name, count in meter.read().items():
             self._positions[name] = self._positions.get(name, 0) + count
 

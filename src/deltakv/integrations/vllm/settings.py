@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from deltakv.config import Method
+from deltakv.config import Method, Sees
 from deltakv.errors import ConfigError
-from deltakv.methods import from_options
+from deltakv.methods import REGISTRY, from_options
 
 #: The name under which `additional_config` holds it.
 KEY = "deltakv"
@@ -30,6 +30,17 @@ class Settings:
     def __post_init__(self) -> None:
         if self.tp_selection not in TP_SELECTIONS:
             raise ConfigError(f"tp_selection={self.tp_selection!r} is not one of {', '.join(TP_SELECTIONS)}")
+        if not served(type(self.method)):
+            allowed = ", ".join(sorted(name for name, config in REGISTRY.items() if served(config)))
+            raise ConfigError(
+                f"method {self.method.algorithm!r} is not served by vLLM yet, because its picks rest on more than the "
+                f"softmax of one step, or on each head apart; allowed are {allowed}; deltakv.apply takes all"
+            )
+
+
+def served(config: type[Method]) -> bool:
+    """Whether that method can pick in vLLM: from the softmax of a step alone, the same on all ranks of a group."""
+    return config.sees is Sees.SOFTMAX and not config.remembers and not config.by_head
 
 
 def settings_of(additional_config: Any) -> Settings | None:
