@@ -1,0 +1,183 @@
+"""vLLM's FlashAttention backend with decode rows taken away from it, for NVIDIA GPUs.
+
+Prompts and their chunks go to FlashAttention as ever. Rows at a decode step go to deltakv's own ops, in every planned
+layer: FULL ones, too, because a captured graph holds one kernel and its rows may be of any length.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.forward_context import get_forward_context
+from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
+from vllm.v1.attention.backends.flash_attn import (
+    FlashAttentionBackend,
+    FlashAttentionImpl,
+    FlashAttentionMetadata,
+    FlashAttentionMetadataBuilder,
+)
+from vllm.v1.kv_cache_interface import AttentionSpec
+
+from deltakv.errors import UnsupportedUseError
+from deltakv.integrations.vllm.figures import figures_of
+from deltakv.integrations.vllm.gpu_batch import behind, decode_count
+from deltakv.integrations.vllm.gpu_step import DecodeStep
+from deltakv.integrations.vllm.layout import NamedLayout
+from deltakv.integrations.vllm.loaded import loaded_layout
+from deltakv.integrations.vllm.support import check
+from deltakv.methods import selector
+
+#: Seconds between two looks at the counts from outside: a step is a few milliseconds, a file takes a part of one.
+FIGURES_SECONDS = 1.0
+
+
+class SparseGPUBackend(FlashAttentionBackend):
+    """CUSTOM on an NVIDIA GPU. What it takes is what FlashAttention takes, less what the decode kernel does not."""
+
+    @staticmethod
+    def get_name() -> str:
+        return "CUSTOM"  # vLLM looks its members up by this name
+
+    @staticmethod
+    def get_impl_cls() -> type[FlashAttentionImpl]:
+        if importlib.util.find_spec("triton") is None:
+            raise UnsupportedUseError(
+                "deltakv's GPU ops are written in Triton, which is not installed; install triton, or leave out "
+                '--attention-backend CUSTOM and the "deltakv" of --additional-config'
+            )
+        check(get_current_vllm_config(), SparseGPUBackend)
+        return SparseGPUImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[FlashAttentionMetadataBuilder]:
+        return SparseGPUBuilder
+
+    @classmethod
+    def supports_head_size(cls, head_size: int) -> bool:
+        return head_size <= 256 and super().supports_head_size(head_size)
+
+    @classmethod
+    def supports_mm_prefix(cls) -> bool:
+        return False  # its ranges are told by a row's place in the batch, and prompts are moved to the front of theirs
+
+
+@dataclass
+class SplitMetadata:
+    """A step with decode rows, which stand before all others.
+
+    decode: these rows. prompts: FlashAttention's metadata of the rows behind them, None if there are none. whole: its
+    metadata of all rows, for layers that share the block table and are not planned; None if there are none.
+    """
+
+    decode: DecodeStep
+    prompts: FlashAttentionMetadata | None
+    whole: FlashAttentionMetadata | None
+
+
+class SparseGPUBuilder(FlashAttentionMetadataBuilder):
+    """Splits a step into decode rows and the rest, by what the host knows: it never waits for the device.
+
+    A captured graph holds the decode step, and reads what vLLM keeps in place for it: block table and lengths. All
+    that follows from them, picks too, is computed inside the graph, in its own memory.
+    """
+
+    #: vLLM puts rows with one token before all others.
+    reorder_batch_threshold: int | None = 1
+    supports_update_block_table: bool = False
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+
+    def __init__(
+        self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        layout = check(vllm_config, SparseGPUBackend)
+        assert layout is not None, "CUSTOM without settings is refused"
+        self._layout: NamedLayout = loaded_layout(layout, vllm_config, kv_cache_spec, layer_names)
+        planned = [name in self._layout.roles for name in layer_names]
+        self._any_planned, self._all_planned = any(planned), all(planned)
+        self._figures = figures_of(self._layout, layer_names, vllm_config.parallel_config.rank, FIGURES_SECONDS)
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> FlashAttentionMetadata | SplitMetadata:
+        if self._figures is not None:
+            lengths = common_attn_metadata.seq_lens_cpu_upper_bound
+            assert lengths is not None, "this vLLM does not tell lengths to the host"
+            # Upper bounds that are exact without speculative decoding, which is refused. Padding has no tokens.
+            decode = lengths[: decode_count(common_attn_metadata)].numpy()
+            self._figures.step(decode[decode > 0])
+        return self._split(common_attn_metadata, fast_build)
+
+    def build_for_cudagraph_capture(
+        self, common_attn_metadata: CommonAttentionMetadata
+    ) -> FlashAttentionMetadata | SplitMetadata:
+        return self._split(common_attn_metadata, fast_build=False)
+
+    def _split(self, common: CommonAttentionMetadata, fast_build: bool) -> FlashAttentionMetadata | SplitMetadata:
+        count = decode_count(common) if self._any_planned else 0
+        if not count:
+            return super().build(0, common, fast_build)
+        step = DecodeStep(
+            self._layout,
+            selector(self._layout.settings.method),
+            common.block_table_tensor[:count],
+            common.seq_lens[:count],
+        )
+        prompts = super().build(0, behind(common, count), fast_build) if count < common.num_reqs else None
+        whole = None if self._all_planned else super().build(0, common, fast_build)
+        return SplitMetadata(step, prompts, whole)
+
+    def use_cascade_attention(self, *_: Any, **__: Any) -> bool:
+        """Never: it reads a batch's common prefix once for all rows, and each row has picks of its own."""
+        return False
+
+
+class SparseGPUImpl(FlashAttentionImpl):
+    """Decode rows by deltakv's ops on vLLM's own cache, the others by FlashAttention."""
+
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: FlashAttentionMetadata | SplitMetadata | None,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        def flash(metadata: FlashAttentionMetadata | None, first: int = 0) -> None:
+            super(SparseGPUImpl, self).forward(
+                layer, query[first:], key[first:], value[first:], kv_cache, metadata, output[first:],
+                output_scale, output_block_scale,
+            )  # fmt: skip
+
+        if not isinstance(attn_metadata, SplitMetadata):
+            flash(attn_metadata)
+            return output
+        step, name = attn_metadata.decode, layer.layer_name
+        if name not in step.layout.roles:
+            flash(attn_metadata.whole)
+            return output
+        if output_scale is not None or output_block_scale is not None:
+            raise NotImplementedError("deltakv does not quantise the output of attention")
+        if attn_metadata.prompts is not None:
+            flash(attn_metadata.prompts, step.rows)
+        # The layout of 0.26 and 0.27: logical [blocks, heads, tokens, K and V side by side], any strides.
+        k_cache, v_cache = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
+        decode_output = output[: step.rows].view(step.rows, self.num_heads, self.head_size)
+        decode_query = query[: step.rows].view(step.rows, self.num_heads, self.head_size)
+        step.attend(name, _step_of, decode_query, k_cache, v_cache, self.scale, self.sinks, decode_output)
+        return output
+
+
+def _step_of(layer: str) -> DecodeStep:
+    """The step of a layer: this one, or that of another block table."""
+    step: DecodeStep = get_forward_context().attn_metadata[layer].decode
+    return step
