@@ -5,7 +5,7 @@ positions of the same sequence. Every op gives a row the same result whatever ro
 """
 
 from deltakv.ops.chunk_attention import chunk_attention, chunk_logits
-from deltakv.ops.decode_attention import decode_attention, decode_attention_stats
+from deltakv.ops.decode_attention import decode_attention, decode_attention_into, decode_attention_stats
 from deltakv.ops.page_scores import page_scores
 from deltakv.ops.partial_attention import merge, partial_attention
 from deltakv.ops.prefill_attention import prefill_attention, row_kv
@@ -16,6 +16,7 @@ __all__ = [
     "chunk_attention",
     "chunk_logits",
     "decode_attention",
+    "decode_attention_into",
     "decode_attention_stats",
     "merge",
     "page_scores",

@@ -1,6 +1,6 @@
 """vLLM's FlashAttention backend with decode rows taken away from it, for NVIDIA GPUs.
 
-Prompts and their chunks go to FlashAttention as ever. Rows at a decode step go to deltakv's own ops, in every planned
+Prompts and their chunks go to FlashAttention as ever. Rows with one token go to deltakv's own ops, in every planned
 layer: FULL ones, too, because a captured graph holds one kernel and its rows may be of any length.
 """
 
@@ -25,7 +25,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 
 from deltakv.errors import UnsupportedUseError
 from deltakv.integrations.vllm.figures import figures_of
-from deltakv.integrations.vllm.gpu_batch import behind, decode_count
+from deltakv.integrations.vllm.gpu_batch import behind, last_of_prompts, one_token_rows
 from deltakv.integrations.vllm.gpu_step import DecodeStep
 from deltakv.integrations.vllm.layout import NamedLayout
 from deltakv.integrations.vllm.loaded import loaded_layout
@@ -68,7 +68,7 @@ class SparseGPUBackend(FlashAttentionBackend):
 
 @dataclass
 class SplitMetadata:
-    """A step with decode rows, which stand before all others.
+    """A step with one-token rows, which stand before all others.
 
     decode: these rows. prompts: FlashAttention's metadata of the rows behind them, None if there are none. whole: its
     metadata of all rows, for layers that share the block table and are not planned; None if there are none.
@@ -80,10 +80,11 @@ class SplitMetadata:
 
 
 class SparseGPUBuilder(FlashAttentionMetadataBuilder):
-    """Splits a step into decode rows and the rest, by what the host knows: it never waits for the device.
+    """Splits a step into one-token rows and the rest, by what the host knows: it never waits for the device.
 
-    A captured graph holds the decode step, and reads what vLLM keeps in place for it: block table and lengths. All
-    that follows from them, picks too, is computed inside the graph, in its own memory.
+    A captured graph holds the decode step, and reads what vLLM keeps in place for it, block table and lengths, and
+    what the builder keeps: which rows read the last token of a prompt. All that follows from these, picks too, is
+    computed inside the graph, in its own memory.
     """
 
     #: vLLM puts rows with one token before all others.
@@ -100,26 +101,54 @@ class SparseGPUBuilder(FlashAttentionMetadataBuilder):
         self._layout: NamedLayout = loaded_layout(layout, vllm_config, kv_cache_spec, layer_names)
         planned = [name in self._layout.roles for name in layer_names]
         self._any_planned, self._all_planned = any(planned), all(planned)
+        most = max(vllm_config.scheduler_config.max_num_seqs, self.max_cudagraph_size or 0)
+        self._prompts = torch.zeros(most, dtype=torch.bool, device=device)
+        self._any_prompts = False
         self._figures = figures_of(self._layout, layer_names, vllm_config.parallel_config.rank, FIGURES_SECONDS)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> FlashAttentionMetadata | SplitMetadata:
-        if self._figures is not None:
-            lengths = common_attn_metadata.seq_lens_cpu_upper_bound
-            assert lengths is not None, "this vLLM does not tell lengths to the host"
-            # Upper bounds that are exact without speculative decoding, which is refused. Padding has no tokens.
-            decode = lengths[: decode_count(common_attn_metadata)].numpy()
-            self._figures.step(decode[decode > 0])
-        return self._split(common_attn_metadata, fast_build)
+        common = common_attn_metadata
+        count = one_token_rows(common) if self._any_planned else 0
+        if count:
+            prompts = last_of_prompts(common, count)
+            self._mark(prompts)
+            self._count(common, prompts)
+        return self._split(common, count, fast_build)
 
     def build_for_cudagraph_capture(
         self, common_attn_metadata: CommonAttentionMetadata
     ) -> FlashAttentionMetadata | SplitMetadata:
-        return self._split(common_attn_metadata, fast_build=False)
+        """As a step in which no row reads a prompt; a replay finds what `build` has marked."""
+        return self._split(
+            common_attn_metadata, one_token_rows(common_attn_metadata) if self._any_planned else 0, False
+        )
 
-    def _split(self, common: CommonAttentionMetadata, fast_build: bool) -> FlashAttentionMetadata | SplitMetadata:
-        count = decode_count(common) if self._any_planned else 0
+    def _mark(self, prompts: Tensor) -> None:
+        """prompts: bool [rows], on the CPU. Seldom any: nothing is sent where nothing was and is marked."""
+        any_now = bool(prompts.any())
+        if self._any_prompts:
+            self._prompts.zero_()
+        if any_now:
+            # Pinned memory of its own, which lives until the copy is through: the next step may be on its way by then.
+            source = prompts.pin_memory() if self._prompts.is_cuda else prompts
+            self._prompts[: len(prompts)].copy_(source, non_blocking=True)
+        self._any_prompts = any_now
+
+    def _count(self, common: CommonAttentionMetadata, prompts: Tensor) -> None:
+        """Live figures. Lengths on the host are upper bounds that are exact without speculative decoding, which is
+        refused; padding has none."""
+        if self._figures is None:
+            return
+        assert common.seq_lens_cpu_upper_bound is not None, "this vLLM does not tell lengths to the host"
+        lengths = common.seq_lens_cpu_upper_bound[: len(prompts)]
+        self._figures.step(lengths[(lengths > 0) & ~prompts].numpy())
+
+    def _split(
+        self, common: CommonAttentionMetadata, count: int, fast_build: bool
+    ) -> FlashAttentionMetadata | SplitMetadata:
+        """count: rows with one token, of which the planned layers take care."""
         if not count:
             return super().build(0, common, fast_build)
         step = DecodeStep(
@@ -127,6 +156,7 @@ class SparseGPUBuilder(FlashAttentionMetadataBuilder):
             selector(self._layout.settings.method),
             common.block_table_tensor[:count],
             common.seq_lens[:count],
+            self._prompts[:count],
         )
         prompts = super().build(0, behind(common, count), fast_build) if count < common.num_reqs else None
         whole = None if self._all_planned else super().build(0, common, fast_build)

@@ -1,18 +1,19 @@
-"""A batch that vLLM has put in order: rows with one token come first. Decided on the host, from what it knows anyway."""
+"""A batch in vLLM's order, rows with one token first. Decided on the host, from what it knows anyway."""
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from deltakv.errors import UnsupportedUseError
 
 
-def decode_count(common: CommonAttentionMetadata) -> int:
-    """How many rows are at a decode step: the first ones, with one token each. Padding of a captured batch counts.
+def one_token_rows(common: CommonAttentionMetadata) -> int:
+    """How many rows have one token: the first ones. The padding of a captured batch counts.
 
-    One that reads the last token of its prompt counts, as in transformers: vLLM replays the graph of the decode step
-    for any batch of one-token rows, and a row must not depend on what stands beside it. Raises `UnsupportedUseError`
-    if vLLM has not put them first.
+    They are the rows at a decode step, and those that read the last token of a prompt: vLLM replays the graph of the
+    decode step for any batch of them. Raises `UnsupportedUseError` if vLLM has not put them first.
     """
     if common.max_query_len <= 1:
         return common.num_reqs
@@ -22,8 +23,19 @@ def decode_count(common: CommonAttentionMetadata) -> int:
     # A prompt of a single token may stand anywhere: nothing can be left out of it.
     upper = common.seq_lens_cpu_upper_bound
     if upper is None or (upper.numpy()[count : len(one)][one[count:]] > 1).any():
-        raise UnsupportedUseError("this vLLM does not put rows at a decode step before the others")
+        raise UnsupportedUseError("this vLLM does not put rows with one token before the others")
     return count
+
+
+def last_of_prompts(common: CommonAttentionMetadata, count: int) -> Tensor:
+    """bool [count], on the CPU: of the first `count` rows those that still read their prompt. Padding does not.
+
+    Raises `UnsupportedUseError` if vLLM does not tell.
+    """
+    told = common.is_prefilling
+    if told is None:
+        raise UnsupportedUseError("this vLLM does not tell prompts from decode steps (is_prefilling is not set)")
+    return torch.nn.functional.pad(told[:count], (0, count - len(told[:count])))
 
 
 def behind(common: CommonAttentionMetadata, count: int) -> CommonAttentionMetadata:
