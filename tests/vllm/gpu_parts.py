@@ -226,6 +226,13 @@ def platforms() -> None:
         assert not AttentionBackendEnum.FLASH_ATTN.is_overridden() and not AttentionBackendEnum.CPU_ATTN.is_overridden()
         why = refused.refusal()
         assert why is None if said is None else said in str(why), why
+        for question in ("validate_configuration", "get_name", "get_impl_cls") if said else ():
+            try:
+                getattr(AttentionBackendEnum.CUSTOM.get_class(), question)()
+            except ValueError as error:
+                assert str(error) == why
+            else:
+                raise AssertionError(question)
     print("as expected")
 
 

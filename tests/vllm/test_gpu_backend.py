@@ -65,7 +65,7 @@ def test_layers_with_a_window_keep_it(gpu: Driver, windowed: str, plan: str) -> 
 
 
 def test_layers_with_a_window_on_one_block_table(gpu: Driver, windowed: str) -> None:
-    """Then FlashAttention has these layers whole, beside the planned ones that share their metadata."""
+    """Without the hybrid manager; the windowed layers keep a metadata of their own."""
     options = {"budget": 64, "recent": 16, "sinks": 16, "min_context": 64, "plan": "FSRRSR"}
     ((row,),) = gpu.run(windowed, ask(LONG), settings=options, disable_hybrid_kv_cache_manager=True)
     assert difference(row, by_transformers(windowed, deltakv.Delta(**options), LONG, len(row.tokens))) < CLOSE

@@ -23,7 +23,7 @@ from vllm.v1.attention.backends.flash_attn import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec
 
-from deltakv.errors import UnsupportedUseError
+from deltakv.errors import UnsupportedModelError, UnsupportedUseError
 from deltakv.integrations.vllm.figures import figures_of
 from deltakv.integrations.vllm.gpu_batch import behind, last_of_prompts, one_token_rows
 from deltakv.integrations.vllm.gpu_step import DecodeStep
@@ -70,13 +70,11 @@ class SparseGPUBackend(FlashAttentionBackend):
 class SplitMetadata:
     """A step with one-token rows, which stand before all others.
 
-    decode: these rows. prompts: FlashAttention's metadata of the rows behind them, None if there are none. whole: its
-    metadata of all rows, for layers that share the block table and are not planned; None if there are none.
+    decode: these rows. prompts: FlashAttention's metadata of the rows behind them, None if there are none.
     """
 
     decode: DecodeStep
     prompts: FlashAttentionMetadata | None
-    whole: FlashAttentionMetadata | None
 
 
 class SparseGPUBuilder(FlashAttentionMetadataBuilder):
@@ -99,8 +97,12 @@ class SparseGPUBuilder(FlashAttentionMetadataBuilder):
         layout = check(vllm_config, SparseGPUBackend)
         assert layout is not None, "CUSTOM without settings is refused"
         self._layout: NamedLayout = loaded_layout(layout, vllm_config, kv_cache_spec, layer_names)
-        planned = [name in self._layout.roles for name in layer_names]
-        self._any_planned, self._all_planned = any(planned), all(planned)
+        planned = [name for name in layer_names if name in self._layout.roles]
+        if planned and len(planned) < len(layer_names):
+            raise UnsupportedModelError(
+                f"vLLM makes one metadata for {planned[0]} and for layers that are not in the plan; leave deltakv out"
+            )
+        self._planned = bool(planned)  # layers with a window have a builder of their own, which is the stock one
         most = max(vllm_config.scheduler_config.max_num_seqs, self.max_cudagraph_size or 0)
         self._prompts = torch.zeros(most, dtype=torch.bool, device=device)
         self._any_prompts = False
@@ -110,7 +112,7 @@ class SparseGPUBuilder(FlashAttentionMetadataBuilder):
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> FlashAttentionMetadata | SplitMetadata:
         common = common_attn_metadata
-        count = one_token_rows(common) if self._any_planned else 0
+        count = one_token_rows(common) if self._planned else 0
         if count:
             prompts = last_of_prompts(common, count)
             self._mark(prompts)
@@ -121,9 +123,7 @@ class SparseGPUBuilder(FlashAttentionMetadataBuilder):
         self, common_attn_metadata: CommonAttentionMetadata
     ) -> FlashAttentionMetadata | SplitMetadata:
         """As a step in which no row reads a prompt; a replay finds what `build` has marked."""
-        return self._split(
-            common_attn_metadata, one_token_rows(common_attn_metadata) if self._any_planned else 0, False
-        )
+        return self._split(common_attn_metadata, one_token_rows(common_attn_metadata) if self._planned else 0, False)
 
     def _mark(self, prompts: Tensor) -> None:
         """prompts: bool [rows], on the CPU. Seldom any: nothing is sent where nothing was and is marked."""
@@ -159,8 +159,7 @@ class SparseGPUBuilder(FlashAttentionMetadataBuilder):
             self._prompts[:count],
         )
         prompts = super().build(0, behind(common, count), fast_build) if count < common.num_reqs else None
-        whole = None if self._all_planned else super().build(0, common, fast_build)
-        return SplitMetadata(step, prompts, whole)
+        return SplitMetadata(step, prompts)
 
     def use_cascade_attention(self, *_: Any, **__: Any) -> bool:
         """Never: it reads a batch's common prefix once for all rows, and each row has picks of its own."""
@@ -182,19 +181,16 @@ class SparseGPUImpl(FlashAttentionImpl):
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
-        def flash(metadata: FlashAttentionMetadata | None, first: int = 0) -> None:
+        def flash(metadata: FlashAttentionMetadata | None, first: int) -> None:
             super(SparseGPUImpl, self).forward(
                 layer, query[first:], key[first:], value[first:], kv_cache, metadata, output[first:],
                 output_scale, output_block_scale,
             )  # fmt: skip
 
         if not isinstance(attn_metadata, SplitMetadata):
-            flash(attn_metadata)
+            flash(attn_metadata, 0)
             return output
         step, name = attn_metadata.decode, layer.layer_name
-        if name not in step.layout.roles:
-            flash(attn_metadata.whole)
-            return output
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError("deltakv does not quantise the output of attention")
         if attn_metadata.prompts is not None:
