@@ -254,6 +254,44 @@ def backend() -> None:
     print("as expected")
 
 
+def figures() -> None:
+    """Counts are those of the method, row by row; they are shown at once, or once in a while."""
+    import json
+    import os
+    import tempfile
+    from pathlib import Path
+
+    from deltakv.config import Delta
+    from deltakv.integrations.vllm import figures as module
+    from deltakv.plan import Role
+
+    folder = Path(tempfile.mkdtemp())
+    os.environ["DELTAKV_FIGURES"] = str(folder)
+    now = [100.0]
+    module.time = SimpleNamespace(monotonic=lambda: now[0])
+    method = Delta(**OPTIONS)
+    roles = [Role(letter) for letter in ROLES]
+    steps = ([1, 96, 97, 5000], [64, 65, 112, 113, 2 * 5000], [], [300])
+    for seconds in (0.0, 1.0):
+        counted = module.Figures("worker", method, roles, True, seconds)
+        want = dict.fromkeys(module.Counts.__dataclass_fields__, 0)
+        shown = []
+        for step in steps:
+            counted.step(torch.tensor(step).numpy())
+            for length in step:
+                left_out = -(-length // PAGE) - method.kept_pages(length)
+                want["decode_rows"] += 1
+                want["sparse_rows"] += left_out > 0
+                want["picks"] += (left_out > 0) * ROLES.count("S")
+                want["attended_tokens"] += length * len(ROLES) - left_out * PAGE * ROLES.count("R")
+                want["full_tokens"] += length * len(ROLES)
+            shown.append(json.loads((folder / "worker.json").read_text())["decode_rows"])
+            now[0] += 0.6
+        assert vars(counted.counts) == want
+        assert shown == ([4, 9, 9, 10] if seconds == 0 else [4, 4, 4, 10]), shown
+    print("as expected")
+
+
 def ranks() -> None:
     """On a GPU vLLM's NCCL communicator takes the largest, in place; where it is off, that is refused."""
     from deltakv.errors import UnsupportedUseError

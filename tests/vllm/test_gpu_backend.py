@@ -14,7 +14,7 @@ from test_parts import python
 import deltakv
 
 
-@pytest.mark.parametrize("part", ["replayed", "split", "marked", "beside", "platforms", "backend", "ranks"])
+@pytest.mark.parametrize("part", ["replayed", "split", "marked", "beside", "platforms", "backend", "figures", "ranks"])
 def test_part(part: str) -> None:
     here = str(Path(__file__).parent)
     assert python(f"import sys; sys.path.insert(0, {here!r}); import gpu_parts; gpu_parts.{part}()") == "as expected"
