@@ -418,6 +418,16 @@ def test_opcheck(name: str, case: str, strided: bool) -> None:
     torch.library.opcheck(getattr(torch.ops.deltakv, name).default, batch.arguments)
 
 
+def test_opcheck_into() -> None:
+    batch = make_paged([40, 17, 1], layout="interleaved")
+    batch.k_cache.nan_to_num_(0.0)
+    batch.v_cache.nan_to_num_(0.0)
+    out = torch.zeros_like(batch.q)
+    torch.library.opcheck(torch.ops.deltakv.decode_attention_into.default, (*batch.arguments, out, 64))
+    torch.ops.deltakv.decode_attention_into(*batch.arguments, out, 64)
+    assert torch.equal(out, torch.ops.deltakv.decode_attention(*batch.arguments))
+
+
 def test_fake_outputs() -> None:
     batch = make_paged([40, 17, 1], dtype=torch.bfloat16)
     q, k, v, table, lens, scale, sinks = (x.to("meta") if isinstance(x, Tensor) else x for x in batch.arguments)

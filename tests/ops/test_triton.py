@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from paged_inputs import LENGTHS, absolute, make_paged
-from triton_ops import DTYPES, ON_GPU, attention, attention_stats, page_scores, select_pages
+from triton_ops import DTYPES, ON_GPU, attention, attention_into, attention_stats, page_scores, select_pages
 
 import oracle
 from deltakv.ops.decode_attention.naive import decode_attention_stats as naive_stats
@@ -46,6 +46,17 @@ def test_statistics(shape: str, dtype: torch.dtype) -> None:
         distance = peaks[row].repeat_interleave(relative.shape[3], 0).T[:, :length] - exact
         assert ((got - exact).abs() <= HALF * distance + 1e-4).all(), f"row of {length} tokens"
         assert (relative[row].transpose(0, 1).flatten(1)[:, :length] <= 0).all()
+
+
+@pytest.mark.parametrize("shape", ["gqa", "groups", "many"])
+@pytest.mark.parametrize("expected", [0, 16, 512, 2064, 2048 * 3])
+def test_rows_beyond_what_is_expected(shape: str, expected: int) -> None:
+    """The grid is cut for shorter rows: the last chunk of a longer one goes on to its end, whichever they are."""
+    lengths = [2047, 2048, 2049, 0, 4200, 17] if expected else [0, 17, 600]
+    batch = make_paged(lengths, seed=expected, **SHAPES[shape])
+    got, want = attention_into(*batch.arguments, expected=expected), naive_stats(*batch.arguments)[0]
+    torch.testing.assert_close(got, want, rtol=2e-2, atol=1e-5)
+    assert torch.equal(got[lengths.index(0)], torch.zeros_like(want[0]))
 
 
 @pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype != torch.float32])

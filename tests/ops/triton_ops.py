@@ -49,3 +49,14 @@ def attention_stats(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     token = torch.arange(tiles * tile).view(tiles, 1, tile)
     logits = logits.masked_fill(token >= lengths[:, None, :, None], float("-inf"))
     return out, logits, peaks.masked_fill(token[..., 0] >= lengths[:, None], 0.0), lse
+
+
+def attention_into(*arguments: Any, expected: int) -> Tensor:
+    """`decode_attention_into`, on queries that are a part of a wider tensor, as when they come from one QKV product."""
+    from deltakv.ops.decode_attention.triton import decode_attention_into
+
+    q, *rest = (_moved(x) if isinstance(x, Tensor) else x for x in arguments)
+    strided = torch.cat([q, q, q], dim=1)[:, q.shape[1] : 2 * q.shape[1]]
+    out = torch.full_like(q, float("nan"))
+    decode_attention_into(strided, *rest, out, expected)
+    return out.to("cpu", arguments[0].dtype)

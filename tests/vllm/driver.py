@@ -27,11 +27,24 @@ def pretend(version: str) -> None:
     register()
 
 
+def pretend_gpu() -> None:
+    """Makes CUSTOM the GPU backend, on CPU tensors. vLLM registers the plugin again with each engine: not any more."""
+    import pretended_gpu
+
+    from deltakv.integrations.vllm import plugin
+
+    plugin.register()
+    plugin.register.__code__ = (lambda: None).__code__
+    pretended_gpu.install()
+
+
 def serve() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # vLLM logs to stdout
     if version := os.environ.get("DELTAKV_TEST_VLLM_VERSION"):
         pretend(version)
+    if os.environ.get("DELTAKV_TEST_GPU_BACKEND"):
+        pretend_gpu()
     for line in sys.stdin:
         try:
             request = json.loads(line)

@@ -13,7 +13,7 @@ from harness import ENVIRONMENT, SPARSE, Driver, EngineError, ask, prompt
 from deltakv.config import Delta
 from deltakv.errors import ConfigError
 from deltakv.integrations.vllm.settings import Settings, settings_of
-from deltakv.integrations.vllm.versions import advice, is_checked
+from deltakv.integrations.vllm.versions import CHECKED_ON_GPU, advice, is_checked
 from deltakv.methods import SoftmaxStats, selector
 
 
@@ -26,6 +26,12 @@ def test_checked_versions(version: str) -> None:
 def test_other_versions(version: str) -> None:
     assert not is_checked(version)
     assert version in advice(version) and "0.27.1" in advice(version)
+
+
+def test_on_a_gpu_fewer_versions_are_checked() -> None:
+    assert is_checked("0.26.0", CHECKED_ON_GPU) and is_checked("0.27.1", CHECKED_ON_GPU)
+    assert not is_checked("0.32.0", CHECKED_ON_GPU)
+    assert "vLLM 0.32.0 on a GPU" in advice("0.32.0", CHECKED_ON_GPU)
 
 
 @pytest.mark.parametrize("asked", [None, {}, {"gdn_prefill_backend": "triton"}, object()])
@@ -62,21 +68,6 @@ def test_on_another_version_stock_attention_runs_and_custom_is_refused(tiny: str
                 driver.run(tiny, ask(prompt(20, 0), tokens=1), **engine)
     finally:
         driver.close()
-
-
-def test_where_there_is_no_backend_the_first_question_is_refused() -> None:
-    code = """
-from deltakv.integrations.vllm.refused import RefusedBackend
-for question in ("validate_configuration", "get_name", "get_impl_cls"):
-    try:
-        getattr(RefusedBackend, question)()
-    except ValueError as error:
-        assert "on the CPU only, so far; leave out --attention-backend CUSTOM" in str(error)
-    else:
-        raise AssertionError(question)
-print("refused")
-"""
-    assert python(code) == "refused"
 
 
 def test_ranks_that_agree_pick_as_one() -> None:

@@ -6,7 +6,7 @@ positions of the same sequence. Every op gives a row the same result whatever ro
 
 from deltakv.ops.bound_scores import bound_scores
 from deltakv.ops.chunk_attention import chunk_attention, chunk_logits
-from deltakv.ops.decode_attention import decode_attention, decode_attention_stats
+from deltakv.ops.decode_attention import decode_attention, decode_attention_into, decode_attention_stats
 from deltakv.ops.interleaved import interleaved
 from deltakv.ops.page_masses import page_masses
 from deltakv.ops.page_scores import page_scores
@@ -21,6 +21,7 @@ __all__ = [
     "chunk_attention",
     "chunk_logits",
     "decode_attention",
+    "decode_attention_into",
     "decode_attention_stats",
     "interleaved",
     "merge",

@@ -66,7 +66,7 @@ class SparseCPUMetadata(CPUAttentionMetadata):
         if source not in self.shortened:
             selecting = get_forward_context().attn_metadata[source]  # itself, or that of another block table
             rows = self.step.rows
-            pages, tokens = narrowed(rows, selecting.step.picks[source], self.step.page_size)
+            pages, tokens = narrowed(rows.block_table, rows.seq_lens, selecting.step.picks[source], self.step.page_size)
             table, lens = self.block_table.clone(), self.seq_lens.clone()
             table[rows.rows, : pages.shape[1]] = pages
             lens[rows.rows] = tokens

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 
@@ -48,34 +49,52 @@ class Figures:
 
     worker: what names its file. method: says how much of a row is kept. roles: of the layers counted.
     with_rows: whether rows are counted, too; where layers lie in several groups, the first one's do.
+    seconds: how often they are shown at most. The last ones before a pause are shown when it ends.
     """
 
-    def __init__(self, worker: str, method: Method, roles: Sequence[Role], with_rows: bool) -> None:
+    def __init__(
+        self, worker: str, method: Method, roles: Sequence[Role], with_rows: bool, seconds: float = 0.0
+    ) -> None:
         self.counts = Counts()
-        self._worker, self._method, self._with_rows = worker, method, with_rows
+        self._worker, self._method, self._with_rows, self._seconds = worker, method, with_rows, seconds
+        self._shown = float("-inf")
+        self._kept = np.zeros(0, dtype=np.int64)  # pages by length, looked up: the method answers for one at a time
         self._reusing, self._selecting = roles.count(Role.REUSE), roles.count(Role.SELECT)
         self._layers = len(roles)
         self._logged = time.monotonic()
 
-    def step(self, lengths: Sequence[int]) -> None:
+    def step(self, lengths: Sequence[int] | np.ndarray) -> None:
         """One step. lengths: tokens of each decode row, the current one included."""
+        if not len(lengths):
+            return
         counts, page_size = self.counts, self._method.page_size
-        for length in lengths:
-            pages, kept = -(-length // page_size), self._method.kept_pages(length)
-            sparse = kept < pages
-            counts.decode_rows += self._with_rows
-            counts.sparse_rows += self._with_rows and sparse
-            counts.picks += sparse * self._selecting
-            left_out = (pages - kept) * page_size
-            counts.attended_tokens += length * self._layers - left_out * self._reusing
-            counts.full_tokens += length * self._layers
-        if lengths:
-            self._publish()
+        tokens = np.asarray(lengths, dtype=np.int64)
+        pages = -(-tokens // page_size)
+        left_out = pages - self._kept_pages(tokens)
+        sparse, total = int((left_out > 0).sum()), int(tokens.sum())
+        counts.decode_rows += self._with_rows * len(tokens)
+        counts.sparse_rows += self._with_rows * sparse
+        counts.picks += sparse * self._selecting
+        counts.attended_tokens += total * self._layers - int(left_out.sum()) * page_size * self._reusing
+        counts.full_tokens += total * self._layers
+        self._publish()
+
+    def _kept_pages(self, tokens: np.ndarray) -> np.ndarray:
+        longest = int(tokens.max())
+        if longest >= len(self._kept):
+            more = range(len(self._kept), 2 * longest + 1)
+            self._kept = np.append(self._kept, [self._method.kept_pages(length) for length in more])
+        kept: np.ndarray = self._kept[tokens]
+        return kept
 
     def _publish(self) -> None:
+        now = time.monotonic()
+        if now - self._shown < self._seconds:
+            return
+        self._shown = now
         self._write()
-        if time.monotonic() - self._logged >= LOG_SECONDS:
-            self._logged = time.monotonic()
+        if now - self._logged >= LOG_SECONDS:
+            self._logged = now
             logger.info("%s", self)
 
     def __str__(self) -> str:
@@ -96,15 +115,15 @@ class Figures:
         os.replace(part, Path(folder) / f"{self._worker}.json")
 
 
-def figures_of(layout: NamedLayout, layer_names: Sequence[str], rank: int) -> Figures | None:
+def figures_of(layout: NamedLayout, layer_names: Sequence[str], rank: int, seconds: float = 0.0) -> Figures | None:
     """The counts of a worker's layers that share a block table; None where another one counts for it: the ranks of a
-    tensor-parallel group see the same rows."""
+    tensor-parallel group see the same rows. seconds: as in `Figures`."""
     counted = [role for name, role in layout.roles.items() if name in layer_names]
     if not counted or get_tensor_model_parallel_rank():
         return None
     first = layout.first() in layer_names
     worker = f"rank{rank}" if first else f"rank{rank}-{layer_names[0]}"
-    return Figures(worker, layout.settings.method, counted, first)
+    return Figures(worker, layout.settings.method, counted, first, seconds)
 
 
 def announce() -> None:

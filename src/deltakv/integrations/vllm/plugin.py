@@ -5,7 +5,7 @@ So nothing is decided here but by version and platform; the backends decide when
 
 from __future__ import annotations
 
-from deltakv.integrations.vllm.versions import is_checked
+from deltakv.integrations.vllm.versions import CHECKED, CHECKED_ON_GPU, is_checked
 
 _HERE = "deltakv.integrations.vllm"
 
@@ -16,13 +16,17 @@ def register() -> None:
     from vllm.platforms import current_platform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-    checked = is_checked(vllm.__version__)
+    gpu = current_platform.is_cuda()
+    checked = is_checked(vllm.__version__, CHECKED_ON_GPU if gpu else CHECKED)
     if current_platform.is_cpu():
         # The CPU platform ignores CUSTOM: whoever asks for it gets this one.
         path = f"{_HERE}.cpu.SparseCPUBackend" if checked else f"{_HERE}.guard.GuardedCPUBackend"
         register_backend(AttentionBackendEnum.CPU_ATTN, path)
     else:
-        path = f"{_HERE}.refused.RefusedBackend"
+        from deltakv.integrations.vllm.beside import watch
+
+        path = f"{_HERE}.gpu.SparseGPUBackend" if gpu and checked else f"{_HERE}.refused.RefusedBackend"
+        watch(current_platform)
     register_backend(AttentionBackendEnum.CUSTOM, path)
     if checked:
         from deltakv.integrations.vllm import figures

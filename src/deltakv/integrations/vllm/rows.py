@@ -55,10 +55,11 @@ def sparse_rows(common: CommonAttentionMetadata, decode: Tensor, method: Method)
     return Rows(at, common.query_start_loc[at].long(), common.block_table_tensor[at], common.seq_lens[at])
 
 
-def narrowed(rows: Rows, picks: Picks, page_size: int) -> tuple[Tensor, Tensor]:
+def narrowed(block_table: Tensor, seq_lens: Tensor, picks: Picks, page_size: int) -> tuple[Tensor, Tensor]:
     """A pick as a block table: only the last of a row's kept pages, the current token's, may be partly filled.
 
-    Returns the physical pages, int32 [n, kept], and the tokens on them, int32 [n].
+    block_table: int32 [n, width]; seq_lens: int32 [n]. Returns the physical pages, int32 [n, kept], and the tokens on
+    them, int32 [n].
     """
-    table = rows.block_table.gather(1, picks.pages.long())
-    return table, picks.n_kept * page_size - (-rows.seq_lens) % page_size
+    free = seq_lens % -page_size  # slots of the last page, as a negative number
+    return block_table.gather(1, picks.pages.long()), torch.add(free, picks.n_kept, alpha=page_size)

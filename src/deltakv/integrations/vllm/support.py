@@ -35,15 +35,21 @@ def check(config: VllmConfig, backend: type[AttentionBackend]) -> Layout | None:
                 f'--attention-backend CUSTOM without "{KEY}" in --additional-config; give both ({EXAMPLE}), or neither'
             )
         return None
-    if not custom or config.attention_config.backend_per_kind:
-        raise UnsupportedUseError(
-            f'"{KEY}" in --additional-config, but the attention backend is not CUSTOM for all layers; give both '
-            f"({EXAMPLE}), or neither"
-        )
+    refuse_beside(config)
     _check_model(config.model_config)
     _check_engine(config)
     _check_pages(config, settings, backend)
     return _layout(config, settings)
+
+
+def refuse_beside(config: VllmConfig) -> None:
+    """For a config that has settings. Raises `UnsupportedUseError` where CUSTOM is not what serves it."""
+    attention = config.attention_config
+    if attention.backend is not AttentionBackendEnum.CUSTOM or attention.backend_per_kind:
+        raise UnsupportedUseError(
+            f'"{KEY}" in --additional-config, but the attention backend is not CUSTOM for all layers; give both '
+            f"({EXAMPLE}), or neither"
+        )
 
 
 def _check_model(model: Any) -> None:

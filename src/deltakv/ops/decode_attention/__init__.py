@@ -40,6 +40,13 @@ decode_attention = register(
     cuda=_triton.decode_attention,
     fake=_fake,
 )
+decode_attention_into = register(
+    "decode_attention_into(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_lens, float scale, "
+    "Tensor? sinks, Tensor(a!) out, int expected) -> ()",
+    cpu=native.decode_attention_into,
+    cuda=_triton.decode_attention_into,
+    fake=lambda *_: None,
+)
 decode_attention_stats = register(
     f"decode_attention_stats({_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)",
     cpu=native.decode_attention_stats,

@@ -30,6 +30,25 @@ def decode_attention(
     return decode_attention_stats(q, k_cache, v_cache, block_table, seq_lens, scale, sinks)[0]
 
 
+def decode_attention_into(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    scale: float,
+    sinks: Tensor | None,
+    out: Tensor,
+    expected: int,
+) -> None:
+    """`decode_attention`, its result written to `out`, contiguous, where an engine wants it.
+
+    expected: tokens that rows have at most, but for exceptions, which may take longer; 0: any that the table has room
+    for.
+    """
+    out.copy_(decode_attention(q, k_cache, v_cache, block_table, seq_lens, scale, sinks))
+
+
 def decode_attention_stats(
     q: Tensor,
     k_cache: Tensor,

@@ -95,6 +95,21 @@ def decode_attention(
     return _run(library, q, k_cache, v_cache, block_table, seq_lens, scale, sinks, None, None)
 
 
+def decode_attention_into(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    scale: float,
+    sinks: Tensor | None,
+    out: Tensor,
+    expected: int,
+) -> None:
+    """See `naive.decode_attention_into`. Work is cut by each row's length, so nothing is expected of it."""
+    out.copy_(decode_attention(q, k_cache, v_cache, block_table, seq_lens, scale, sinks))
+
+
 def decode_attention_stats(
     q: Tensor,
     k_cache: Tensor,

@@ -48,6 +48,81 @@ def chunk_tokens(capacity: int) -> int:
 
 
 @triton.jit
+def _chunk(
+    first,
+    last,
+    queries,
+    k,
+    v,
+    table,
+    top,
+    total,
+    result,
+    logits,
+    peaks,
+    stored,
+    head,
+    is_head,
+    in_dim,
+    k_page,
+    k_token,
+    v_page,
+    v_token,
+    width,
+    scale,
+    N_HEADS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PAGE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    TILE: tl.constexpr,
+    STATS: tl.constexpr,
+    ALIKE: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """The tokens first .. last of a row, at most CHUNK, added to what `top`, `total` and `result` hold of those before.
+
+    k, v: of the KV head. table: the row's. stored: where the statistics of the row's first tile go.
+    """
+    LOG2E: tl.constexpr = 1.4426950408889634
+    d, t = tl.arange(0, BLOCK_D), tl.arange(0, TILE)
+    # The chunk's part of the table, at once: looked up in the loop, it would hold back what is loaded ahead.
+    entry = first // PAGE + tl.arange(0, CHUNK // PAGE)
+    pages = tl.load(table + entry, mask=entry < width, other=0)
+    if WIDE:
+        pages = pages.to(tl.int64)
+    k_within = (t % PAGE)[:, None] * k_token + d[None, :]
+    v_within = (t % PAGE)[:, None] * v_token + d[None, :]
+    for start in range(0, last - first, TILE):
+        visible = start + t < last - first
+        shown = visible[:, None] & in_dim[None, :]
+        # What is loaded ahead may begin beyond the chunk; it is masked, but its place must be one in the chunk.
+        page = tl.gather(pages, (start // PAGE + t // PAGE) % (CHUNK // PAGE), 0)[:, None]
+        slot = start % PAGE if PAGE > TILE else 0  # of the tile's first token
+        k_at = page * k_page + k_within + slot * k_token
+        v_at = k_at if ALIKE else page * v_page + v_within + slot * v_token
+        keys = tl.load(k + k_at, mask=shown, other=0.0)
+        values = tl.load(v + v_at, mask=shown, other=0.0)
+        s = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
+        s = tl.where(visible[None, :], s, float("-inf"))
+        peak = tl.max(s, 1)
+        if STATS:
+            where = stored + (first + start) // TILE * N_HEADS + head
+            tl.store(peaks + where, peak, mask=is_head)
+            tl.store(
+                logits + where[:, None] * TILE + t[None, :],
+                (s - peak[:, None]).to(logits.dtype.element_ty),
+                mask=is_head[:, None],
+            )
+        new_top = tl.maximum(top, peak)
+        weights = tl.exp2(s * LOG2E - (new_top * LOG2E)[:, None])
+        fade = tl.exp2((top - new_top) * LOG2E)
+        total = total * fade[:, None] + weights
+        result = result * fade[:, None] + tl.dot(weights.to(values.dtype), values, input_precision="ieee")
+        top = new_top
+    return top, total, result
+
+
+@triton.jit
 def _attend(
     q,
     k,
@@ -61,6 +136,7 @@ def _attend(
     logits,
     peaks,
     lse,
+    q_row,
     k_page,
     k_token,
     k_head,
@@ -84,14 +160,15 @@ def _attend(
     SINKS: tl.constexpr,
     ALIKE: tl.constexpr,
     WIDE: tl.constexpr,
+    LONG: tl.constexpr,
 ):
     """One chunk of one KV head of one row. Grid: (SPLITS, KV_HEADS, rows).
 
-    ALIKE: K and V have the same strides. WIDE: offsets into them may need 64 bits.
+    ALIKE: K and V have the same strides. WIDE: offsets into them may need 64 bits. LONG: rows may have more tokens
+    than the chunks; the last one goes on to the row's end.
     """
     split, kv_head, row = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     SHARED: tl.constexpr = N_HEADS // KV_HEADS
-    LOG2E: tl.constexpr = 1.4426950408889634
     group = kv_head // (KV_HEADS // GROUPS)
     length = tl.load(lens + row * GROUPS + group)
     first = split * CHUNK
@@ -99,51 +176,31 @@ def _attend(
     if SPLITS > 1:  # noqa: SIM102 (where it is known not to return, nothing waits for the length)
         if first >= length and split > 0:
             return
-    h, d, t = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_D), tl.arange(0, TILE)
+    h, d = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_D)
     head = kv_head * SHARED + h
     is_head, in_dim = h < SHARED, d < DIM
     queries = tl.load(
-        q + (row * N_HEADS + head)[:, None] * DIM + d[None, :], mask=is_head[:, None] & in_dim[None, :], other=0.0
+        q + row * q_row + head[:, None] * DIM + d[None, :], mask=is_head[:, None] & in_dim[None, :], other=0.0
     )
-    # The chunk's part of the table, at once: looked up in the loop, it would hold back what is loaded ahead.
-    entry = first // PAGE + tl.arange(0, CHUNK // PAGE)
-    pages = tl.load(table + (row * GROUPS + group) * width + entry, mask=entry < width, other=0)
-    if WIDE:
-        pages = pages.to(tl.int64)
     k += kv_head * k_head
     v += kv_head * v_head
-    k_within = (t % PAGE)[:, None] * k_token + d[None, :]
-    v_within = (t % PAGE)[:, None] * v_token + d[None, :]
+    table += (row * GROUPS + group) * width
+    stored = row * tiles * N_HEADS
     top = tl.full([BLOCK_H], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_H, TILE], tl.float32)  # summed over the tile once, at the end
     result = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
-    for start in range(0, last - first, TILE):
-        visible = start + t < last - first
-        shown = visible[:, None] & in_dim[None, :]
-        # What is loaded ahead may begin beyond the chunk; it is masked, but its place must be one in the chunk.
-        page = tl.gather(pages, (start // PAGE + t // PAGE) % (CHUNK // PAGE), 0)[:, None]
-        slot = start % PAGE if PAGE > TILE else 0  # of the tile's first token
-        k_at = page * k_page + k_within + slot * k_token
-        v_at = k_at if ALIKE else page * v_page + v_within + slot * v_token
-        keys = tl.load(k + k_at, mask=shown, other=0.0)
-        values = tl.load(v + v_at, mask=shown, other=0.0)
-        s = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
-        s = tl.where(visible[None, :], s, float("-inf"))
-        peak = tl.max(s, 1)
-        if STATS:
-            where = (row * tiles + (first + start) // TILE) * N_HEADS + head
-            tl.store(peaks + where, peak, mask=is_head)
-            tl.store(
-                logits + where[:, None] * TILE + t[None, :],
-                (s - peak[:, None]).to(logits.dtype.element_ty),
-                mask=is_head[:, None],
-            )
-        new_top = tl.maximum(top, peak)
-        weights = tl.exp2(s * LOG2E - (new_top * LOG2E)[:, None])
-        fade = tl.exp2((top - new_top) * LOG2E)
-        total = total * fade[:, None] + weights
-        result = result * fade[:, None] + tl.dot(weights.to(values.dtype), values, input_precision="ieee")
-        top = new_top
+    top, total, result = _chunk(
+        first, last, queries, k, v, table, top, total, result, logits, peaks, stored, head, is_head, in_dim,
+        k_page, k_token, v_page, v_token, width, scale, N_HEADS, BLOCK_D, PAGE, CHUNK, TILE, STATS, ALIKE, WIDE,
+    )  # fmt: skip
+    if LONG:  # noqa: SIM102
+        if split == SPLITS - 1:
+            for begin in range(first + CHUNK, length, CHUNK):
+                top, total, result = _chunk(
+                    begin, tl.minimum(begin + CHUNK, length), queries, k, v, table, top, total, result, logits, peaks,
+                    stored, head, is_head, in_dim, k_page, k_token, v_page, v_token, width, scale, N_HEADS, BLOCK_D,
+                    PAGE, CHUNK, TILE, STATS, ALIKE, WIDE,
+                )  # fmt: skip
     total = tl.sum(total, 1)
     if SPLITS == 1:
         if SINKS:
@@ -194,7 +251,7 @@ def _merge(
     d = tl.arange(0, BLOCK_D)
     in_dim = d < DIM
     length = tl.load(lens + row * GROUPS + head // (N_HEADS // GROUPS))
-    used = (length + CHUNK - 1) // CHUNK
+    used = tl.minimum((length + CHUNK - 1) // CHUNK, SPLITS)
     part = (row * N_HEADS + head) * SPLITS
     top = tl.full([], float("-inf"), tl.float32)
     total = tl.zeros([], tl.float32)
@@ -230,16 +287,23 @@ def _run(
     scale: float,
     sinks: Tensor | None,
     stats: bool,
+    out: Tensor | None = None,
+    expected: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows, n_heads, dim = q.shape
     _, page_size, n_kv, _ = k_cache.shape
     groups, width = block_table.shape[1:]
     assert k_cache.stride(3) == v_cache.stride(3) == 1, "a token's numbers lie side by side"
-    q, block_table, seq_lens = q.contiguous(), block_table.contiguous(), seq_lens.contiguous()
+    if q.stride()[1:] != (dim, 1):  # as when it is a part of what QKV gave, a row may lie anywhere
+        q = q.contiguous()
+    block_table, seq_lens = block_table.contiguous(), seq_lens.contiguous()
     capacity = width * page_size
-    chunk, tile = chunk_tokens(capacity), tile_tokens(q, n_kv)
-    splits, tiles = max(1, triton.cdiv(capacity, chunk)), triton.cdiv(capacity, tile)
-    out = torch.empty_like(q)
+    planned = min(capacity, expected) if expected else capacity
+    chunk, tile = chunk_tokens(planned), tile_tokens(q, n_kv)
+    splits, tiles = max(1, triton.cdiv(planned, chunk)), triton.cdiv(capacity, tile)
+    if out is None:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    assert out.is_contiguous()
     fp32 = {"dtype": torch.float32, "device": q.device}
     lse = torch.empty((rows, n_heads), **fp32)
     # fp16 even for bf16: relative to a peak that is at hand, its ten bits of fraction are what a logit needs.
@@ -265,6 +329,7 @@ def _run(
         logits,
         peaks,
         lse,
+        q.stride(0),
         *k_cache.stride()[:3],
         *v_cache.stride()[:3],
         width,
@@ -277,6 +342,7 @@ def _run(
         TILE=tile,
         ALIKE=k_cache.stride() == v_cache.stride(),
         WIDE=furthest > _NARROW,
+        LONG=capacity > splits * chunk,
         num_warps=4,
         num_stages=3,
     )
@@ -319,3 +385,18 @@ def decode_attention_stats(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `naive.decode_attention_stats`. Logits leave in fp16, each tile's relative to its peak."""
     return _run(q, k_cache, v_cache, block_table, seq_lens, scale, sinks, stats=True)
+
+
+def decode_attention_into(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    scale: float,
+    sinks: Tensor | None,
+    out: Tensor,
+    expected: int,
+) -> None:
+    """See `naive.decode_attention_into`. The grid is cut for rows of `expected` tokens; a longer one takes its time."""
+    _run(q, k_cache, v_cache, block_table, seq_lens, scale, sinks, stats=False, out=out, expected=expected)

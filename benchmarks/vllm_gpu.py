@@ -1,0 +1,274 @@
+"""deltakv inside vLLM on a GPU, beside vLLM's own FlashAttention: what it answers, and how fast.
+
+    PYTHONPATH=src:/tmp/site python3 benchmarks/vllm_gpu.py --output FOLDER [--parts equal 1.5b 7b]
+
+Each contender runs in a process of its own, with the same engine settings and random weights, and finds the plugin by
+its entry point, for which a folder is made here. A part that would not end in time is left out, and named.
+Pure decode is timed on prefix-cached prompts, so that all rows start together: (all tokens - one token) / steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+#: What keeps vLLM from looking for a network, or for packages that are not there.
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_USE_DEEP_GEMM": "0",
+    "TVM_FFI_DISABLE_TORCH_C_DLPACK": "1", "VLLM_HOST_IP": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo",
+    "NCCL_SOCKET_IFNAME": "lo", "TOKENIZERS_PARALLELISM": "false",
+}  # fmt: skip
+
+#: The paper's plan for 28 layers, and one sink page.
+DELTA = {"algorithm": "delta", "budget": 1024, "plan": "FFS" + "R" * 11 + "S" + "R" * 7 + "S" + "R" * 5}
+CONTENDERS: dict[str, dict[str, Any] | None] = {"stock": None, "full": {"algorithm": "full"}, "delta": DELTA}
+
+#: hidden, intermediate, heads, KV heads, tied embeddings, vocabulary; of Qwen2.
+DIMS = {
+    "1.5b": (1536, 8960, 12, 2, True, 151936),
+    "7b": (3584, 18944, 28, 4, False, 152064),
+    "tiny": (256, 512, 4, 2, False, 1024),
+}
+#: Rows and tokens of context.
+SHAPES = ((64, 16000), (64, 1000))
+STEPS = 100
+
+#: Parts, each a model and its contenders, with a guess of the seconds that one takes.
+PARTS = {
+    "equal": ("tiny", ("stock", "full", "covers", "delta"), 40),
+    "1.5b": ("1.5b", ("stock", "delta", "full"), 75),
+    "7b": ("7b", ("stock", "delta", "full"), 110),
+}
+
+
+def advertise(folder: Path) -> None:
+    """Makes the plugin found: deltakv lies on PYTHONPATH, and is not installed."""
+    info = folder / "deltakv-0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: deltakv\nVersion: 0\n", encoding="utf-8")
+    (info / "entry_points.txt").write_text(
+        "[vllm.general_plugins]\ndeltakv = deltakv.integrations.vllm.plugin:register\n", encoding="utf-8"
+    )
+
+
+def save_config(folder: Path, dims: str) -> None:
+    hidden, intermediate, heads, kv_heads, tied, vocabulary = DIMS[dims]
+    config = {
+        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu", "hidden_size": hidden,
+        "intermediate_size": intermediate, "num_attention_heads": heads, "num_key_value_heads": kv_heads,
+        "num_hidden_layers": 28, "max_position_embeddings": 32768, "max_window_layers": 28, "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0, "sliding_window": None, "use_sliding_window": False, "tie_word_embeddings": tied,
+        "torch_dtype": "bfloat16", "use_cache": True, "vocab_size": vocabulary, "initializer_range": 0.02,
+        "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+def save_tiny(folder: Path) -> None:
+    """28 layers with weights that make attention peaked, so that a wrong page shows."""
+    import torch
+    import transformers
+
+    save_config(folder, "tiny")
+    config = transformers.AutoConfig.from_pretrained(folder)
+    config.initializer_range = 0.06
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+
+
+def start(dims: str, folder: Path, name: str, longest: int) -> tuple[Any, dict[str, Any]]:
+    """An engine, and what it took to start."""
+    began = time.time()
+    from vllm import LLM
+
+    settings = {"covers": {**DELTA, "budget": 16384}}.get(name, CONTENDERS.get(name))
+    engine: dict[str, Any] = {"attention_config": {"backend": "FLASH_ATTN"}}
+    if settings is not None:
+        engine = {"attention_config": {"backend": "CUSTOM"}, "additional_config": {"deltakv": settings}}
+    llm = LLM(
+        model=str(folder), load_format="auto" if dims == "tiny" else "dummy", skip_tokenizer_init=True, seed=0,
+        dtype="bfloat16", max_model_len=longest, max_num_seqs=64, enable_prefix_caching=True, block_size=16,
+        gpu_memory_utilization=0.3 if dims == "tiny" else 0.85, max_logprobs=-1, **engine,
+    )  # fmt: skip
+    return llm, {"contender": name, "dims": dims, "settings": settings, "start_s": round(time.time() - began, 1)}
+
+
+def generate(llm: Any, prompts: list[list[int]], tokens: int, **sampling: Any) -> tuple[float, list[Any]]:
+    """Seconds, and vLLM's outputs."""
+    from vllm import SamplingParams
+
+    parameters = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False, **sampling)
+    began = time.perf_counter()
+    rows = llm.generate([{"prompt_token_ids": one} for one in prompts], parameters, use_tqdm=False)
+    return time.perf_counter() - began, rows
+
+
+def prompts_of(count: int, length: int, seed: int, vocabulary: int = 150000) -> list[list[int]]:
+    chooser = random.Random(seed)
+    return [[chooser.randrange(3, vocabulary) for _ in range(length)] for _ in range(count)]
+
+
+def timed(dims: str, folder: Path, name: str) -> dict[str, Any]:
+    """TTFT of one prompt, reading all prompts, and a step of pure decode, by shape."""
+    llm, result = start(dims, folder, name, max(length for _, length in SHAPES) + STEPS + 64)
+    blocks = llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
+    needed = max(rows * (-(-(length + STEPS) // 16)) for rows, length in SHAPES)
+    if blocks < needed:
+        raise SystemExit(
+            f"the KV cache has {blocks} blocks, and {needed} are needed for all rows at once: a larger GPU"
+        )
+    generate(llm, prompts_of(64, 200, seed=9), 4)  # whatever is compiled at first use
+    shapes = []
+    for rows, length in reversed(SHAPES):
+        single = [generate(llm, prompts_of(1, length, seed=100 + attempt), 1)[0] for attempt in range(4)][1:]
+        prompts = prompts_of(rows, length, seed=rows + length)
+        read = generate(llm, prompts, 1)[0]
+        generate(llm, prompts, 4)
+        one = [generate(llm, prompts, 1)[0] for _ in range(2)]
+        many = []
+        for _ in range(2):
+            seconds, answers = generate(llm, prompts, STEPS)
+            assert all(len(answer.outputs[0].token_ids) == STEPS for answer in answers)
+            many.append(seconds)
+        shapes.append(
+            {
+                "rows": rows,
+                "context": length,
+                "ttft_one_prompt_ms": round(1e3 * statistics.median(single), 2),
+                "read_all_s": round(read, 3),
+                "tpot_ms": round(1e3 * (min(many) - min(one)) / (STEPS - 1), 3),
+                "runs_s": {"one": one, "many": many},
+            }
+        )
+    return {**result, "shapes": shapes}
+
+
+def answered(folder: Path, name: str) -> dict[str, Any]:
+    """Tokens and all log-probabilities of a few rows of the tiny model."""
+    llm, result = start("tiny", folder, name, 8192)
+    rows = []
+    for length in (6000, 3000, 900, 40):
+        (row,) = generate(llm, prompts_of(1, length, seed=length, vocabulary=1024), 24, logprobs=-1)[1]
+        steps = row.outputs[0].logprobs
+        assert steps is not None
+        rows.append(
+            {
+                "context": length,
+                "tokens": list(row.outputs[0].token_ids),
+                "logprobs": [[step[token].logprob for token in range(1024)] for step in steps],
+            }
+        )
+    return {**result, "rows": rows}
+
+
+def compared(folder: Path, results: dict[str, Any]) -> list[dict[str, Any]]:
+    """By row: errors against float32 through transformers, given stock's tokens, as far as they are the same."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    exact = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).cuda().eval()
+    torch.backends.cuda.matmul.allow_tf32 = False
+    table = []
+    for index, stock in enumerate(results["stock"]["rows"]):
+        (prompt,) = prompts_of(1, stock["context"], seed=stock["context"], vocabulary=1024)
+        with torch.inference_mode():
+            logits = exact(torch.tensor([prompt + stock["tokens"][:-1]]).cuda()).logits[0, len(prompt) - 1 :]
+        want = torch.log_softmax(logits.float(), -1).cpu()
+        entry: dict[str, Any] = {"context": stock["context"]}
+        for name, result in results.items():
+            row = result["rows"][index]
+            same = [one == other for one, other in zip(row["tokens"], stock["tokens"], strict=True)]
+            steps = (
+                same.index(False) + 1 if False in same else len(same)
+            )  # the first other token follows from equal ones
+            errors = (torch.tensor(row["logprobs"]) - want).abs().amax(1)[1:steps]
+            entry[name] = {"steps": steps - 1, "mean": float(errors.mean()), "max": float(errors.max())}
+        for name in ("full", "covers"):
+            entry[f"{name}_within_1.5x_of_stock"] = entry[name]["mean"] <= 1.5 * entry["stock"]["mean"]
+        table.append(entry)
+    return table
+
+
+def child(part: str, name: str, folder: Path, result: Path) -> None:
+    dims = PARTS[part][0]
+    answer = answered(folder, name) if part == "equal" else timed(dims, folder, name)
+    result.write_text(json.dumps(answer), encoding="utf-8")
+
+
+def provenance() -> dict[str, Any]:
+    import torch
+    import vllm
+
+    return {
+        "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "vllm": vllm.__version__,
+        "command": sys.argv, "date": time.strftime("%F %T"),
+    }  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="a folder, for vllm_gpu.json and the logs")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--contenders", nargs="+", choices=["stock", "full", "covers", "delta"], default=None)
+    parser.add_argument("--seconds", type=float, default=350, help="for all of it")
+    parser.add_argument("--child", nargs=4, default=None, help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.child:
+        part, name, folder, result = asked.child
+        child(part, name, Path(folder), Path(result))
+        return 0
+    end = time.monotonic() + asked.seconds
+    asked.output.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp())
+    advertise(work)
+    environment = {**ENVIRONMENT, **os.environ}
+    environment["PYTHONPATH"] = os.pathsep.join([str(work), *filter(None, [os.environ.get("PYTHONPATH")])])
+    report: dict[str, Any] = {"provenance": provenance(), "parts": {}, "left_out": []}
+    for part in asked.parts:
+        dims, names, guess = PARTS[part]
+        folder = work / dims
+        save_tiny(folder) if part == "equal" else save_config(folder, dims)
+        results: dict[str, Any] = {}
+        for name in names:
+            if asked.contenders and name not in asked.contenders:
+                continue
+            left = end - time.monotonic()
+            if left < guess:
+                report["left_out"].append([part, name, "no time left"])
+                continue
+            result, log = work / "result.json", asked.output / f"{part}-{name}.log"
+            result.unlink(missing_ok=True)
+            arguments = ["--output", str(asked.output), "--child", part, name, str(folder), str(result)]
+            try:
+                with log.open("w") as out:
+                    subprocess.run(
+                        [sys.executable, __file__, *arguments],
+                        env=environment, stdout=out, stderr=subprocess.STDOUT, timeout=left, check=True,
+                    )  # fmt: skip
+                results[name] = json.loads(result.read_text(encoding="utf-8"))
+                print(part, name, json.dumps(results[name].get("shapes", "answered")), flush=True)
+            except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+                report["left_out"].append([part, name, str(error)])
+                print(part, name, "FAILED\n", log.read_text()[-2500:], flush=True)
+        if part == "equal" and "stock" in results and len(results) == len(names):
+            results = {"errors": compared(folder, results)}
+            print(json.dumps(results["errors"]), flush=True)
+        report["parts"][part] = results
+        (asked.output / "vllm_gpu.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+    print("left out:", report["left_out"])
+    return bool(report["left_out"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

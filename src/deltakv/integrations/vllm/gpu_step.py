@@ -1,0 +1,95 @@
+"""The one-token rows of a step, on the device: tensors in, tensors out, so that a CUDA graph holds all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from deltakv.integrations.vllm.layout import NamedLayout
+from deltakv.integrations.vllm.ranks import across_ranks
+from deltakv.integrations.vllm.rows import narrowed
+from deltakv.methods import Picks, Selector, SoftmaxStats
+from deltakv.ops import decode_attention_into, decode_attention_stats
+from deltakv.plan import Role
+
+
+@dataclass(frozen=True)
+class Narrow:
+    """What REUSE layers run on. table: int32 [rows, width]; lens: int32 [rows]; expected: tokens that all rows but
+    exceptions have at most."""
+
+    table: Tensor
+    lens: Tensor
+    expected: int
+
+
+@dataclass
+class DecodeStep:
+    """Rows with one token each. No value is looked at: what a row keeps, and that a row keeps all, is data.
+
+    layout: of the layers in this process.
+    block_table: int32 [rows, width]; seq_lens: int32 [rows], the current token included; 0 for the padding of a
+        captured batch, whose output is zeros. prompts: bool [rows], the token is the last of a prompt, and so attends
+        to all before it. All three are written in place before each replay.
+    picks: by the name of the SELECT layer, in logical pages. narrow: the same for the REUSE layers of this table.
+    """
+
+    layout: NamedLayout
+    selector: Selector
+    block_table: Tensor
+    seq_lens: Tensor
+    prompts: Tensor
+    picks: dict[str, Picks] = field(default_factory=dict)
+    narrow: dict[str, Narrow] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> int:
+        return self.seq_lens.shape[0]
+
+    def attend(
+        self,
+        layer: str,
+        step_of: Callable[[str], DecodeStep],
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        scale: float,
+        sinks: Tensor | None,
+        out: Tensor,
+    ) -> None:
+        """One planned layer, after it has stored the current token. The result is written to `out`.
+
+        step_of: the step of another layer, by its name; where vLLM has several block tables it may be another one.
+        q, out: [rows, n_heads, head_dim]; k_cache, v_cache and the rest as `ops.decode_attention` takes them.
+        """
+        role, table, lens, expected = self.layout.roles[layer], self.block_table, self.seq_lens, 0
+        if role is Role.SELECT:
+            attended, logits, peaks, lse = decode_attention_stats(
+                q, k_cache, v_cache, table[:, None], lens[:, None], scale, sinks
+            )
+            out.copy_(attended)
+            across = across_ranks(self.layout.settings.tp_selection)
+            self.picks[layer] = self.selector.pick(SoftmaxStats(logits, peaks, lse, lens, self._page_size, across))
+            return
+        if role is Role.REUSE:
+            source = self.layout.sources[layer]
+            if source not in self.narrow:
+                self.narrow[source] = self._narrowed(step_of(source).picks[source])
+            narrow = self.narrow[source]
+            table, lens, expected = narrow.table, narrow.lens, narrow.expected
+        decode_attention_into(q, k_cache, v_cache, table[:, None], lens[:, None], scale, sinks, out, expected)
+
+    def _narrowed(self, picks: Picks) -> Narrow:
+        """A pick on this block table. It has room for whole rows: a graph replays for prompts' last tokens, too."""
+        kept, lens = narrowed(self.block_table, self.seq_lens, picks, self._page_size)
+        room = kept.shape[1]
+        table = self.block_table.clone()
+        torch.where(self.prompts[:, None], self.block_table[:, :room], kept, out=table[:, :room])
+        return Narrow(table, torch.where(self.prompts, self.seq_lens, lens), room * self._page_size)
+
+    @property
+    def _page_size(self) -> int:
+        return self.layout.settings.method.page_size
