@@ -23,7 +23,7 @@ demo: $(VENV)/.all  ## SmolLM2 answers over a long text, with DELTA beside full 
 	@$(BIN)/python scripts/demo.py
 
 test: $(VENV)/.dev $(VENV)/.vllm  ## all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -151,11 +151,6 @@ class Handle:
         """
         return self._forwards.announce(cache, finished)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Handle:
-        raise UnsupportedUseError(
-            f"{self.method} is applied to this model, and a copy would not work; remove it before copying the model"
-        )
-
     @contextlib.contextmanager
     def positions(self, *, picks: bool = False, recall: bool = False) -> Iterator[Trace]:
         """Evaluation mode: a forward of several tokens onto a non-empty cache lets each position pick for itself.

@@ -95,6 +95,11 @@ class Forwards:
             numbers=self._numbers,
         )
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Forwards:
+        raise UnsupportedUseError(
+            f"{self._method} is applied to this model, and a copy would not work; remove it before copying the model"
+        )
+
     @property
     def _is_watched(self) -> bool:
         """Whether somebody wants to see what only forwards show that the host lays out."""
