@@ -78,10 +78,12 @@ def _chunk(
     STATS: tl.constexpr,
     ALIKE: tl.constexpr,
     WIDE: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """The tokens first .. last of a row, at most CHUNK, added to what `top`, `total` and `result` hold of those before.
 
-    k, v: of the KV head. table: the row's. stored: where the statistics of the row's first tile go.
+    k, v: of the KV head. table: the row's. stored: where the statistics of the row's first tile go. STAGES: tiles
+    under way at once.
     """
     LOG2E: tl.constexpr = 1.4426950408889634
     d, t = tl.arange(0, BLOCK_D), tl.arange(0, TILE)
@@ -92,7 +94,7 @@ def _chunk(
         pages = pages.to(tl.int64)
     k_within = (t % PAGE)[:, None] * k_token + d[None, :]
     v_within = (t % PAGE)[:, None] * v_token + d[None, :]
-    for start in range(0, last - first, TILE):
+    for start in tl.range(0, last - first, TILE, num_stages=STAGES):
         visible = start + t < last - first
         shown = visible[:, None] & in_dim[None, :]
         # What is loaded ahead may begin beyond the chunk; it is masked, but its place must be one in the chunk.
@@ -191,7 +193,7 @@ def _attend(
     result = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
     top, total, result = _chunk(
         first, last, queries, k, v, table, top, total, result, logits, peaks, stored, head, is_head, in_dim,
-        k_page, k_token, v_page, v_token, width, scale, N_HEADS, BLOCK_D, PAGE, CHUNK, TILE, STATS, ALIKE, WIDE,
+        k_page, k_token, v_page, v_token, width, scale, N_HEADS, BLOCK_D, PAGE, CHUNK, TILE, STATS, ALIKE, WIDE, 3,
     )  # fmt: skip
     if LONG:  # noqa: SIM102
         if split == SPLITS - 1:
@@ -199,7 +201,7 @@ def _attend(
                 top, total, result = _chunk(
                     begin, tl.minimum(begin + CHUNK, length), queries, k, v, table, top, total, result, logits, peaks,
                     stored, head, is_head, in_dim, k_page, k_token, v_page, v_token, width, scale, N_HEADS, BLOCK_D,
-                    PAGE, CHUNK, TILE, STATS, ALIKE, WIDE,
+                    PAGE, CHUNK, TILE, STATS, ALIKE, WIDE, 1,  # the exception: not at the cost of registers
                 )  # fmt: skip
     total = tl.sum(total, 1)
     if SPLITS == 1:
