@@ -10,7 +10,7 @@ import enum
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,12 @@ class LayerPlan:
     """One role a layer.
 
     roles: a tuple of `Role`, at least one. A REUSE needs a SELECT somewhere before it.
+    made_for: the `model_fingerprint` of the model that it was calibrated on, or None.
     Raises `PlanError` if that does not hold.
     """
 
     roles: tuple[Role, ...]
+    made_for: str | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if not self.roles:
@@ -69,7 +71,8 @@ class LayerPlan:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> LayerPlan:
-        """Reads a plan file: JSON with `plan` (letters), or with `depth`, `full` and `select` (lists of layers)."""
+        """Reads a plan file: JSON with `plan` (letters), or with `depth`, `full` and `select` (lists of layers); and
+        with `made_for`, if it was calibrated."""
         path = Path(path)
         try:
             data: Any = json.loads(path.read_text(encoding="utf-8"))
@@ -81,7 +84,8 @@ class LayerPlan:
             raise PlanError(f"plan file {path} is not JSON: {error}") from None
         try:
             if isinstance(data, dict) and isinstance(data.get("plan"), str):
-                return cls.from_string(data["plan"])
+                made_for = data.get("made_for")
+                return replace(cls.from_string(data["plan"]), made_for=None if made_for is None else str(made_for))
             if isinstance(data, dict) and isinstance(data.get("depth"), int):
                 return cls.from_layers(data["depth"], full=data.get("full", []), select=data["select"])
         except (KeyError, TypeError):
@@ -94,6 +98,14 @@ class LayerPlan:
     def save(self, path: str | os.PathLike[str], **notes: Any) -> None:
         """Writes the plan as JSON; `notes` (model, data, versions) are kept beside it."""
         Path(path).write_text(json.dumps({"plan": str(self), **notes}, indent=2) + "\n", encoding="utf-8")
+
+    def check_made_for(self, fingerprint: str) -> None:
+        """Raises `PlanError` if it was calibrated on a model of another kind. fingerprint: see `model_fingerprint`."""
+        if self.made_for not in (None, fingerprint):
+            raise PlanError(
+                f"the plan {self} was calibrated on another kind of model ({self.made_for}; this is {fingerprint}); "
+                "run deltakv calibrate on this model, or give the plan's letters themselves"
+            )
 
     def __str__(self) -> str:
         return "".join(role.value for role in self.roles)
@@ -109,6 +121,17 @@ class LayerPlan:
     def reads_in_full(self) -> int:
         """How many layers read the whole cache at each step."""
         return len(self.roles) - len(self.layers(Role.REUSE))
+
+
+def model_fingerprint(config: Any) -> str:
+    """What kind of model a text config describes: its type and dimensions. Weights do not count, so that a plan serves
+    what was fine-tuned from the model it was calibrated on."""
+    names = (
+        "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
+        "head_dim", "vocab_size",
+    )  # fmt: skip
+    sizes = (f"{name}={value}" for name in names if (value := getattr(config, name, None)) is not None)
+    return ", ".join([str(config.model_type), *sizes])
 
 
 def all_full(depth: int) -> LayerPlan:

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from deltakv.cli.bench import bench
+from deltakv.cli.calibrate import calibrate
 from deltakv.cli.compare import compare
 from deltakv.cli.generate import generate
 from deltakv.cli.inspect import inspect
@@ -21,7 +22,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (generate, compare, inspect, plan):
+for _command in (generate, compare, calibrate, inspect, plan):
     app.command(no_args_is_help=False)(_command)
 app.add_typer(bench, name="bench", help="Times decode steps, ops and whole answers, with random weights at any size.")
 # What it does not know is vLLM's.

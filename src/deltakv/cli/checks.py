@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from deltakv.config import Method
+from deltakv.plan import model_fingerprint
 
 
 def check_methods(
@@ -22,6 +23,6 @@ def check_methods(
     shape = model_shape(config)
     for method in methods:
         if isinstance(method, Method):
-            method.layer_plan(len(shape.planned_layers))
+            method.layer_plan(len(shape.planned_layers)).check_made_for(model_fingerprint(config))
     check(config)
     return config

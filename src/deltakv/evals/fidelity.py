@@ -7,7 +7,6 @@ decoded one at a time. All methods continue the same prefill; the cache is cropp
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,6 +57,48 @@ def reference(model: Any, cache: Any, ids: Tensor, handle: Any, advance: Advance
         return Reference(torch.cat(list(_logits(model, cache, ids, advance))))
 
 
+@dataclass(frozen=True)
+class Differences:
+    """A method's next-token distributions beside full attention's, position by position.
+
+    kl: KL(full || method) in nats; agree: the same most likely token; surprise: of the token that follows, in nats,
+    under the method. Each [positions].
+    """
+
+    kl: Tensor
+    agree: Tensor
+    surprise: Tensor
+
+    def summary(self, attended_tokens: float | None = None, recall: dict[int, float] | None = None) -> Fidelity:
+        """All positions in a few numbers."""
+        return Fidelity(
+            positions=len(self.kl),
+            kl_mean=self.kl.mean().item(),
+            kl_p99=self.kl.quantile(0.99).item(),
+            top1=self.agree.double().mean().item(),
+            perplexity=self.surprise.mean().exp().item(),
+            attended_tokens=attended_tokens,
+            recall_by_layer=dict(sorted((recall or {}).items())),
+        )
+
+
+def differences(
+    model: Any, cache: Any, ids: Tensor, targets: Tensor, against: Reference, advance: Advance = lambda tokens: None
+) -> Differences:
+    """What the model does now over `ids`; arguments as for `measure`. The cache is left as it was found."""
+    divergence, agree, surprise = [], [], []
+    start = 0
+    for logits in _logits(model, cache, ids, advance):
+        stop = start + logits.shape[0]
+        # Both in double: over a large vocabulary the probabilities of fp32 miss 1 by more than small KLs are.
+        full, ours = (x.double().log_softmax(-1) for x in (against.logits[start:stop], logits))
+        divergence.append((full.exp() * (full - ours)).sum(-1).clamp_min(0))
+        agree.append(full.argmax(-1) == ours.argmax(-1))
+        surprise.append(-ours.gather(-1, targets[start:stop, None].cpu()).squeeze(-1))
+        start = stop
+    return Differences(torch.cat(divergence), torch.cat(agree), torch.cat(surprise))
+
+
 def measure(
     model: Any,
     cache: Any,
@@ -73,31 +114,12 @@ def measure(
     handle: of the method on this model; None for stock attention, to which several tokens are as one at a
     time.
     """
-    context: AbstractContextManager[Any] = nullcontext()
-    if handle is not None:
-        handle.stats.reset()
-        context = handle.positions(recall=True)
-    divergence, agree, surprise = [], [], []
-    start = 0
-    with context as trace:
-        for logits in _logits(model, cache, ids, advance):
-            stop = start + logits.shape[0]
-            # Both in double: over a large vocabulary the probabilities of fp32 miss 1 by more than small KLs are.
-            full, ours = (x.double().log_softmax(-1) for x in (against.logits[start:stop], logits))
-            divergence.append((full.exp() * (full - ours)).sum(-1).clamp_min(0))
-            agree.append(full.argmax(-1) == ours.argmax(-1))
-            surprise.append(-ours.gather(-1, targets[start:stop, None].cpu()).squeeze(-1))
-            start = stop
-    kl = torch.cat(divergence)
-    return Fidelity(
-        positions=start,
-        kl_mean=kl.mean().item(),
-        kl_p99=kl.quantile(0.99).item(),
-        top1=torch.cat(agree).double().mean().item(),
-        perplexity=torch.cat(surprise).mean().exp().item(),
-        attended_tokens=handle.stats.attended_per_row_step if handle is not None else None,
-        recall_by_layer=dict(sorted(trace.recall.items())) if trace is not None else {},
-    )
+    if handle is None:
+        return differences(model, cache, ids, targets, against, advance).summary()
+    handle.stats.reset()
+    with handle.positions(recall=True) as trace:
+        found = differences(model, cache, ids, targets, against, advance)
+    return found.summary(handle.stats.attended_per_row_step, trace.recall)
 
 
 def _logits(model: Any, cache: Any, ids: Tensor, advance: Advance) -> Iterator[Tensor]:

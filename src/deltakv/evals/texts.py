@@ -27,3 +27,8 @@ def first_tokens(tokenizer: Any, text: str, count: int, name: str) -> Tensor:
     if len(ids) < count:
         raise InputError(f"the text {name} has {len(ids):,} tokens, but {count:,} are needed; shorten --context")
     return torch.tensor([ids])
+
+
+def all_tokens(tokenizer: Any, text: str) -> Tensor:
+    """Every token of `text`, int64 [tokens]."""
+    return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)

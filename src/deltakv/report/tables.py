@@ -12,6 +12,28 @@ if TYPE_CHECKING:
 BASELINE_ORDER = ("full", "stock-static", "stock")
 
 
+def calibration_table(results: Sequence[dict[str, Any]]) -> Table:
+    """Plans as rows. results: as `confirmed` in a plan file."""
+    from rich.table import Table
+
+    table = Table(header_style="bold")
+    table.add_column("method", overflow="fold", min_width=12)
+    for heading in ("attended", "KL mean", "with 95%", "KL p99", "top-1", "perplexity", "recall"):
+        table.add_column(heading, justify="right")
+    for result in results:
+        table.add_row(
+            result["method"],
+            f"{result['attended_tokens']:,.0f}",
+            f"{result['kl_mean']:.4f}",
+            "{:.4f}-{:.4f}".format(*result["kl_interval"]),
+            f"{result['kl_p99']:.3f}",
+            f"{result['top1']:.1%}",
+            f"{result['perplexity']:.2f}",
+            _number(result["recall"], "{:.3f}"),
+        )
+    return table
+
+
 def baseline(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The result that others are compared with: our own full attention, else stock, else the first."""
     by_name = {result["method"].split(":")[0]: result for result in results}

@@ -33,7 +33,7 @@ from deltakv.integrations.hf.support import model_shape, unwrap
 from deltakv.methods import selector
 from deltakv.offload.config import Host
 from deltakv.ops import native
-from deltakv.plan import LayerPlan
+from deltakv.plan import LayerPlan, model_fingerprint
 
 _PREFIX = "deltakv_"
 _numbers = itertools.count(1)
@@ -83,6 +83,7 @@ class Handle:
         self.method: Method = method
         self.planned_layers = shape.planned_layers
         self.plan: LayerPlan = method.layer_plan(len(self.planned_layers))
+        self.plan.check_made_for(model_fingerprint(model.config.get_text_config()))
         self.stats = Statistics(self.plan, own_pick=method.attends_to_own_pick)
         self._name = f"{_PREFIX}{next(_numbers)}"
         self._windows = shape.windows

@@ -16,7 +16,7 @@ from deltakv.config import PAGE_SIZES
 from deltakv.errors import PlanError, UnsupportedModelError, UnsupportedUseError
 from deltakv.integrations.vllm.layout import Layout
 from deltakv.integrations.vllm.settings import EXAMPLE, KEY, Settings, settings_of
-from deltakv.plan import LayerPlan, Role
+from deltakv.plan import LayerPlan, Role, model_fingerprint
 
 #: KV cache types that pages can be scored on.
 CACHE_DTYPES = ("auto", "float16", "bfloat16")
@@ -116,6 +116,7 @@ def _check_pages(config: VllmConfig, settings: Settings, backend: type[Attention
 def _layout(config: VllmConfig, settings: Settings) -> Layout:
     planned = planned_layers(config.model_config)
     plan = settings.method.layer_plan(len(planned))
+    plan.check_made_for(model_fingerprint(config.model_config.hf_text_config))
     layout = Layout.of(settings, plan, planned)
     stages, depth = config.parallel_config.pipeline_parallel_size, config.model_config.hf_text_config.num_hidden_layers
     for stage in range(stages):

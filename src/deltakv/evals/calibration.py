@@ -1,0 +1,148 @@
+"""`deltakv calibrate`: the best plan for a cost, by KL to full attention on some text, confirmed on other text."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deltakv.config import Delta
+from deltakv.errors import InputError
+from deltakv.evals.plan_search import search_plan
+from deltakv.evals.windows import Window, interval, measure_windows
+from deltakv.plan import LayerPlan, paper
+
+Advance = Callable[[int], None]
+
+#: Recent tokens that are tried once the plan stands, at the same budget.
+RECENT = (32, 64, 128, 256)
+
+
+class Tried:
+    """Losses that were measured, by what they are of, kept in a file: a search that is started again finds them there.
+
+    header: what they depend on; a file of another run is refused. The file is replaced as a whole after each one, so
+    that a run killed at any moment leaves a whole file behind.
+    """
+
+    def __init__(self, path: Path, header: dict[str, Any]) -> None:
+        self._path = path
+        self.losses: dict[str, float] = {}
+        self._header = json.loads(json.dumps(header))
+        if path.exists():
+            try:
+                kept = json.loads(path.read_text(encoding="utf-8"))
+                same = kept["header"] == self._header
+                self.losses = dict(kept["losses"])
+            except (OSError, ValueError, KeyError, TypeError):
+                raise InputError(
+                    f"{path} is not the state of a calibration; delete it, or name another --state"
+                ) from None
+            if not same:
+                raise InputError(
+                    f"{path} holds a calibration with another model, text or options; give the same ones to go on with "
+                    "it, delete it to begin anew, or name another --state"
+                )
+
+    def get(self, key: str, measure: Callable[[], float]) -> float:
+        """The loss of `key`, measured now if it never was."""
+        if key not in self.losses:
+            self.losses[key] = measure()
+            part = self._path.with_name(self._path.name + ".part")
+            part.write_text(json.dumps({"header": self._header, "losses": self.losses}), encoding="utf-8")
+            os.replace(part, self._path)
+        return self.losses[key]
+
+    def forget(self) -> None:
+        """The calibration is done and stands elsewhere."""
+        self._path.unlink(missing_ok=True)
+
+
+@dataclass
+class Calibration:
+    """One search. base: budget, sinks and the rest; its plan is what is searched for. reading: layers read in full.
+
+    quick: positions of each window that a first look takes. advance: told of every loss that is measured.
+    """
+
+    model: Any
+    base: Delta
+    depth: int
+    reading: int
+    windows: Sequence[Window]
+    quick: int
+    tried: Tried
+    advance: Advance = field(default=lambda count: None)
+
+    def run(self) -> Delta:
+        """The best setting found."""
+        plan = search_plan(self.depth, self.reading, self._loss_of_plan, self._begin())
+        best = replace(self.base, plan=str(plan))
+        fitting = [recent for recent in RECENT if recent + best.sinks <= best.budget and recent % best.page_size == 0]
+        others = [replace(best, recent=recent) for recent in fitting if recent != best.recent]
+        return min([best, *others], key=lambda method: self._loss(method, True))
+
+    def _begin(self) -> list[LayerPlan]:
+        known = paper(self.depth)
+        return [known] if known.reads_in_full == self.reading else []
+
+    def _loss_of_plan(self, plan: LayerPlan, thorough: bool) -> float:
+        return self._loss(replace(self.base, plan=str(plan)), thorough)
+
+    def _loss(self, method: Delta, thorough: bool) -> float:
+        windows = self.windows if thorough else [window.first(self.quick) for window in self.windows]
+
+        def measure() -> float:
+            return measure_windows(self.model, method, windows).differences.kl.mean().item()
+
+        key = f"{written(method)} {'thorough' if thorough else 'quick'}"
+        value = self.tried.get(key, measure)
+        self.advance(1)
+        return value
+
+
+def written(method: Delta) -> str:
+    """A method as a command line writes it."""
+    own = f"budget={method.budget},recent={method.recent},sinks={method.sinks},min_context={method.min_context}"
+    return f"delta:{own},page_size={method.page_size},plan={method.plan or 'paper'}"
+
+
+@dataclass(frozen=True)
+class Confirmed:
+    """What a method makes of text that was not calibrated on. kl_interval: of its mean, with 95%."""
+
+    name: str
+    attended: float
+    kl: Tensor
+    numbers: dict[str, Any]
+
+
+def confirm(model: Any, name: str, method: Any, windows: Sequence[Window], advance: Advance) -> Confirmed:
+    """A method on windows, with how sure its numbers are."""
+    found = measure_windows(model, method, windows, advance, recall=True)
+    kl = found.differences.kl
+    numbers = {
+        "method": name,
+        "attended_tokens": found.attended,
+        "positions": len(kl),
+        "kl_mean": kl.mean().item(),
+        "kl_interval": interval(kl),
+        "kl_p99": kl.quantile(0.99).item(),
+        "top1": found.differences.agree.double().mean().item(),
+        "perplexity": found.differences.surprise.mean().exp().item(),
+        "recall": found.recall,
+    }
+    return Confirmed(name, found.attended, kl, numbers)
+
+
+def share(ours: Tensor, other: Tensor) -> dict[str, Any]:
+    """The mean of our KLs as a share of the other's at the same positions, and where it lies with 95%."""
+    both = torch.stack([ours, other], 1)
+    low, high = interval(both, lambda drawn: drawn[..., 0].mean(1) / drawn[..., 1].mean(1).clamp_min(1e-30))
+    return {"kl_share": (ours.mean() / other.mean().clamp_min(1e-30)).item(), "interval": [low, high]}

@@ -1,0 +1,138 @@
+"""`deltakv calibrate` on a tiny model: what it finds, what it writes, what it refuses, and that nothing stops it."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command_line import Run, refused
+
+import deltakv
+from deltakv.errors import PlanError
+from deltakv.plan import LayerPlan, model_fingerprint
+
+SMALL = (
+    "--context", "300", "--budget", "64", "--reading", "3", "--windows", "1", "--positions", "32", "--quick", "8",
+    "--confirm-positions", "64",
+)  # fmt: skip
+
+
+def calibrated(run: Run, folder: str, out: Path, *more: str) -> dict[str, Any]:
+    result = run("calibrate", "--model", folder, "--out", str(out), *SMALL, *more)
+    assert result.code == 0, result.err
+    assert f"plan={out}" in result.out and "with 95%" in result.out
+    data: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
+    return data
+
+
+def test_a_plan_is_found_confirmed_and_taken(run: Run, model_folder: str, tmp_path: Path) -> None:
+    out = tmp_path / "plan.json"
+    data = calibrated(run, model_folder, out)
+    plan = LayerPlan.load(out)
+    assert len(plan) == 6 and plan.reads_in_full == 3 and plan.made_for == data["made_for"]
+    full, paper, ours = data["confirmed"]
+    assert [full["method"], paper["method"], ours["method"]] == ["full", "the paper's plan", "calibrated"]
+    assert full["kl_mean"] < 1e-9 and full["positions"] == ours["positions"] == 64
+    assert ours["attended_tokens"] <= 3 * 300 + 3 * 64
+    low, high = ours["kl_interval"]
+    assert 0 < low <= ours["kl_mean"] <= high
+    assert data["against_the_paper_s_plan"]["kl_share"] == pytest.approx(ours["kl_mean"] / paper["kl_mean"])
+    # Of all that were looked at for long, the one with the least loss is what was chosen.
+    thorough = {key: loss for key, loss in data["tried"].items() if key.endswith(" thorough")}
+    assert min(thorough, key=lambda key: thorough[key]) == f"{data['method']} thorough"
+    assert not out.with_name("plan.json.state").exists() and data["versions"] and data["texts"]
+    method = data["method"].replace(f"plan={plan}", f"plan={out}")
+    compared = run(
+        "compare", "--model", model_folder, "--method", method, "--context", "300", "--positions", "20",
+        "--steps", "0", "--no-memory",
+    )  # fmt: skip
+    assert compared.code == 0, compared.err
+
+
+def test_a_plan_for_another_kind_of_model_is_refused(
+    run: Run, model_folder: str, tmp_path: Path, tiny_model: Any
+) -> None:
+    path = tmp_path / "plan.json"
+    LayerPlan.from_string("FSRRSR").save(path, made_for="llama, num_hidden_layers=6, hidden_size=4096")
+    refused(
+        run("generate", "hello", "--model", model_folder, "--method", f"delta:plan={path}"),
+        "another kind of model", "hidden_size=4096", "deltakv calibrate",
+    )  # fmt: skip
+    model = tiny_model("llama")
+    with pytest.raises(PlanError, match="another kind of model"):
+        deltakv.apply(model, deltakv.Delta(plan=path))
+    assert model.config._attn_implementation == "sdpa"
+    LayerPlan.from_string("FSRRSR").save(path, made_for=model_fingerprint(model.config))
+    deltakv.apply(model, deltakv.Delta(plan=path)).remove()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--context", "60"], ["--context 60", "64"]),
+        (["--budget", "400"], ["budget", "300"]),
+        (["--budget", "100"], ["multiple of the page size"]),
+        (["--reading", "6"], ["--reading 6", "at most 5"]),
+        (["--context", "100000"], ["100,001"]),
+        (["--text", "/nowhere/text"], ["/nowhere/text"]),
+        (["--out", "/nowhere/plan.json"], ["/nowhere/plan.json"]),
+        (["--model", "nothing-of-the-kind"], ["nothing-of-the-kind"]),
+    ],
+)
+def test_refusals(run: Run, model_folder: str, tmp_path: Path, words: list[str], said: list[str]) -> None:
+    options = ["--model", model_folder, "--out", str(tmp_path / "plan.json"), *SMALL]
+    refused(run("calibrate", *options, *words), *said)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_too_short_or_of_another_run(run: Run, model_folder: str, tmp_path: Path) -> None:
+    out, state, text = tmp_path / "plan.json", tmp_path / "plan.json.state", tmp_path / "text"
+    words = ("calibrate", "--model", model_folder, "--out", str(out), *SMALL)
+    text.write_text("a few words " * 30, encoding="utf-8")
+    refused(run(*words, "--text", str(text)), "to confirm on", "longer text")
+    state.write_text("{}", encoding="utf-8")
+    refused(run(*words), "is not the state of a calibration", str(state))
+    state.write_text(json.dumps({"header": {"model": "other"}, "losses": {}}), encoding="utf-8")
+    refused(run(*words), "another model, text or options", str(state))
+
+
+def test_killed_ten_times_it_ends_as_if_it_never_was(run: Run, model_folder: str, tmp_path: Path) -> None:
+    undisturbed = calibrated(run, model_folder, tmp_path / "one.json")
+    out, state = tmp_path / "two.json", tmp_path / "two.json.state"
+    command = [sys.executable, "-m", "deltakv", "calibrate", "--model", model_folder, "--out", str(out), *SMALL]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    chooser, kills = random.Random(0), 0
+    while kills < 10:
+        before = _losses(state)
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        wanted = len(before) + chooser.randint(1, 3)
+        while process.poll() is None and len(_losses(state)) < wanted:
+            time.sleep(0.002)
+        assert process.poll() is None, "it ended before it could be killed: make the search longer"
+        time.sleep(chooser.random() * 0.02)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        kills += 1
+        after = _losses(state)
+        assert before.items() <= after.items() and len(after) > len(before)
+    data = calibrated(run, model_folder, out)
+    for same in ("plan", "method", "made_for", "confirmed", "against_the_paper_s_plan"):
+        assert data[same] == undisturbed[same], same
+    assert data["tried"].keys() == undisturbed["tried"].keys()
+    assert data["tried"] == pytest.approx(undisturbed["tried"], rel=1e-6)
+
+
+def _losses(state: Path) -> dict[str, float]:
+    try:
+        losses: dict[str, float] = json.loads(state.read_text(encoding="utf-8"))["losses"]
+    except FileNotFoundError:
+        return {}
+    return losses

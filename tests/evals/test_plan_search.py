@@ -1,0 +1,58 @@
+"""The search for plans, on losses that are given."""
+
+from __future__ import annotations
+
+import pytest
+
+from deltakv.evals.plan_search import KEPT, best_of, neighbours, search_plan
+from deltakv.plan import LayerPlan, Role
+
+
+def distance(target: str) -> tuple[list[tuple[str, bool]], object]:
+    """A loss that says how far a plan is from `target`, and what it was asked."""
+    asked: list[tuple[str, bool]] = []
+
+    def loss(plan: LayerPlan, thorough: bool) -> float:
+        asked.append((str(plan), thorough))
+        layers, wanted = [[i for i, letter in enumerate(p) if letter != "R"] for p in (str(plan), target)]
+        places = sum(min(abs(layer - other) for other in layers) for layer in wanted)
+        return 10.0 * places + sum(a != b for a, b in zip(str(plan), target, strict=True))
+
+    return asked, loss
+
+
+@pytest.mark.parametrize("target", ["SRRRSRRRRSRR", "FSRRRRSRRRFR", "FFSRRRRRRRRS", "SSSRRRRRRRRR"])
+def test_it_finds_what_is_best(target: str) -> None:
+    _, loss = distance(target)
+    reading = 12 - target.count("R")
+    assert str(search_plan(12, reading, loss, rounds=12)) == target  # type: ignore[arg-type]
+
+
+def test_a_plan_to_begin_with_counts_and_is_kept_if_nothing_is_better() -> None:
+    begin = LayerPlan.from_string("FSRRRRRR")
+    assert search_plan(8, 2, lambda plan, thorough: float(plan != begin), [begin], rounds=3) == begin
+
+
+def test_only_the_best_are_looked_at_again() -> None:
+    asked, loss = distance("SRRRRRRRRRRRRRRS")
+    value, plan = best_of((LayerPlan.from_layers(16, select=(0, other)) for other in range(1, 16)), loss)  # type: ignore[arg-type]
+    assert str(plan) == "SRRRRRRRRRRRRRRS" and value == 0
+    assert sum(thorough for _, thorough in asked) == KEPT and len(asked) == 15 + KEPT
+
+
+def test_a_quick_look_may_be_wrong_and_ties_go_to_the_earlier() -> None:
+    plans = [LayerPlan.from_string(letters) for letters in ("SRRS", "SRSR", "SSRR")]
+    wrong = {plans[0]: 0.0, plans[1]: 1.0, plans[2]: 2.0}
+    right = {plans[0]: 5.0, plans[1]: 1.0, plans[2]: 1.0}
+    assert best_of(plans, lambda plan, thorough: (right if thorough else wrong)[plan]) == (1.0, plans[1])
+
+
+def test_neighbours_cost_the_same_and_are_plans() -> None:
+    plan = LayerPlan.from_string("FSRRRSRR")
+    near = list(neighbours(plan))
+    assert len(near) == len(set(near)) == 7 and plan not in near
+    for other in near:
+        assert other.reads_in_full == plan.reads_in_full
+        assert sum(a is not b for a, b in zip(plan.roles, other.roles, strict=True)) in (1, 2)
+    assert LayerPlan.from_string("FSRRRFRR") in near and LayerPlan.from_string("SSRRRSRR") in near
+    assert all(other.roles[0] is not Role.REUSE for other in near)
