@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -100,36 +102,29 @@ def _run(
     from deltakv import loading
     from deltakv.cli.checks import check_methods
     from deltakv.evals import evaluation
-    from deltakv.evals.questions import load_questions
 
     methods = [(name, options.parse_method(name)) for name in names]
     config = check_methods(model, [chosen for _, chosen in methods])
     model_id = evaluation.fingerprint(config)
     loading.find_device(how[1])
     tokenizer = loading.load_tokenizer(loading.locate(model))
-    said = folder.asked()
     prepared = None
-    if said is None or stop_after != "answers":  # a machine that answers only needs neither the data nor the harness
+    if stop_after != "answers" or folder.asked() is None:  # who only answers needs neither the data nor the harness
         prepared = _prepare(settings, tokenizer, stop_after)
+    asked, facts = evaluation.find_questions(folder, prepared, model_id)
+    run = evaluation.Run(folder, settings, facts, asked, methods)
+    work = run.work(tokenizer, config)
     with folder.held():
-        if prepared is not None:
-            asked = evaluation.begin(folder, settings, prepared, model, model_id)
-        else:
-            asked = load_questions(folder.questions)
-        said = folder.asked()
-        assert said is not None
-        if said["facts"]["model_fingerprint"] != model_id:
-            raise InputError(f"{folder.path} holds a run with another model; give another --out")
-        run = evaluation.Run(folder, settings, said["facts"], asked, methods)
-        work = run.work(tokenizer, config)
-        options.say(_told(settings, said["facts"], len(asked), work))
+        run.begin(model)
         if stop_after != "questions" and any(run.missing(name) for name in names):
             loaded = options.load(model, *how)
+            journals = [run.journal(name, loaded.model) for name in names]
+            options.say(_told(settings, facts, len(asked), work))
             with _progress() as progress:
-                run.answer(loaded.model, loaded.tokenizer, progress)
+                run.answer(loaded.model, loaded.tokenizer, work, journals, progress)
         if stop_after == "results":
             assert prepared is not None
-            _show(run, prepared, said)
+            _show(run, prepared, model)
 
 
 def _prepare(settings: Settings, tokenizer: Any, stop_after: str) -> Any:
@@ -150,19 +145,17 @@ def _told(settings: Settings, facts: dict[str, Any], count: int, work: Any) -> s
     return f"{said}, answers of up to {work.new_tokens:,}" if work.new_tokens else said
 
 
-def _show(run: Any, prepared: Any, said: dict[str, Any]) -> None:
-    import json
-
+def _show(run: Any, prepared: Any, model: str) -> None:
     from deltakv.bench.provenance import provenance
     from deltakv.evals.journal import write_whole
     from deltakv.report.evaluation import evaluation_table
     from deltakv.report.tables import print_table
 
     results = run.results(prepared)
-    facts = {"kind": "eval", "model": said["model"], "task": run.settings.task, **said["facts"]}
-    told = {**provenance(), **facts, "settings": said["settings"], "results": results}
+    facts = {"kind": "eval", "model": model, "task": run.settings.task, **run.facts}
+    told = {**provenance(), **facts, "settings": asdict(run.settings), "results": results}
     write_whole(run.folder.results, json.dumps(told, indent=2, ensure_ascii=False) + "\n")
-    title = f"{said['model']} on {run.settings.task}, {len(run.asked)} questions of {said['facts']['data']}"
+    title = f"{model} on {run.settings.task}, {len(run.asked)} questions of {run.facts['data']}"
     print_table(evaluation_table(results), title)
     options.say(f"json: {run.folder.results}")
 

@@ -19,6 +19,7 @@ from deltakv.evals.fidelity import CHUNK
 from deltakv.evals.generation import Sampling, end_tokens, sampling_options
 from deltakv.evals.journal import Answer, Answered, Journal
 from deltakv.evals.questions import Batch, Question, make_batches, prompt_ids, shared_tokens
+from deltakv.integrations.hf.support import model_shape
 from deltakv.loading import length_limit
 
 Advance = Callable[[int], None]
@@ -51,7 +52,9 @@ def lay_out(questions: Sequence[Question], tokenizer: Any, config: Any, batch: i
             "give fewer examples, or a shorter --context"
         )
     room = wanted if limit is None else min(wanted, limit - longest)
-    shared = 0 if scored else shared_tokens(prompts)
+    # Behind a shared prefix rows have padding in their midst, and a sliding window would count it.
+    gaps = batch > 1 and any(model_shape(config).windows)
+    shared = 0 if scored or gaps else shared_tokens(prompts)
     return Work(make_batches(questions, prompts, 1 if scored else batch), shared, room)
 
 

@@ -81,7 +81,9 @@ class Folder:
             raise InputError(f"cannot write to the folder {self.path}: {error.strerror}") from None
 
     def asked(self) -> dict[str, Any] | None:
-        """What `run.json` says, or None without one. Raises `InputError` if it is damaged."""
+        """What `run.json` says, or None without one. Raises `InputError` if it is damaged, or the folder a file."""
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(f"cannot write to the folder {self.path}: it is a file")
         try:
             said = json.loads(self.run.read_text(encoding="utf-8"))
             Settings(**said["settings"])
@@ -106,24 +108,23 @@ def check_settings(folder: Folder, settings: Settings) -> None:
             )
 
 
-def begin(folder: Folder, settings: Settings, prepared: Prepared, model: str, model_id: str) -> list[Question]:
-    """The run's questions, made now or taken from the folder. Raises `InputError` if the folder holds others."""
-    from deltakv.evals.harness import make_questions
+def find_questions(folder: Folder, prepared: Prepared | None, model_id: str) -> tuple[list[Question], dict[str, Any]]:
+    """The run's questions, from the folder or made now, and what is known of them; nothing is written.
 
+    prepared: None where the folder's own are to be taken as they are. Raises `InputError` if the folder holds others.
+    """
     said = folder.asked()
-    facts = {**prepared.facts, "model_fingerprint": model_id}
-    if said is not None:
-        for name in ("fingerprint", "chat", "model_fingerprint"):
-            if said["facts"].get(name) != facts[name]:
-                what = "other data or examples" if name == "fingerprint" else f"another {name.replace('_', ' ')}"
-                raise InputError(f"{folder.path} holds a run with {what}; give another --out")
-        return questions.load_questions(folder.questions)
-    asked = make_questions(prepared.task, prepared.docs, prepared.prompting)
-    questions.save_questions(folder.questions, asked)
-    # Last, because it says that the questions are there.
-    text = json.dumps({"settings": asdict(settings), "facts": facts, "model": model}, indent=2, ensure_ascii=False)
-    write_whole(folder.run, text + "\n")
-    return asked
+    facts = {**(prepared.facts if prepared else {}), "model_fingerprint": model_id}
+    if said is None:
+        assert prepared is not None
+        from deltakv.evals.harness import make_questions
+
+        return make_questions(prepared.task, prepared.docs, prepared.prompting), facts
+    for name, now in facts.items():
+        if name in ("fingerprint", "chat", "model_fingerprint") and said["facts"].get(name) != now:
+            what = {"fingerprint": "other data or examples", "chat": "another --chat"}.get(name, "another model")
+            raise InputError(f"{folder.path} holds a run with {what}; give another --out")
+    return questions.load_questions(folder.questions), said["facts"]
 
 
 def fingerprint(config: Any) -> str:
@@ -144,6 +145,15 @@ class Run:
     asked: Sequence[Question]
     methods: Sequence[tuple[str, Method]]
 
+    def begin(self, model: str) -> None:
+        """Writes down what is asked, unless that is there already. model: as the user named it."""
+        if self.folder.run.exists():
+            return
+        questions.save_questions(self.folder.questions, self.asked)
+        said = {"settings": asdict(self.settings), "facts": self.facts, "model": model}
+        # Last, because it says that the questions are there.
+        write_whole(self.folder.run, json.dumps(said, indent=2, ensure_ascii=False) + "\n")
+
     def journal(self, method: str, model: Any = None) -> Journal:
         """A method's answers so far. model: that goes on answering; answers by another dtype or device are refused."""
         header = {"method": method, "questions": questions.fingerprint(self.asked)}
@@ -151,19 +161,19 @@ class Run:
             header |= {"dtype": str(model.dtype).removeprefix("torch."), "device": model.device.type}
         return Journal(self.folder.journal(method), header, provenance(model) if model is not None else {})
 
-    def answer(self, model: Any, tokenizer: Any, progress: Progress) -> None:
-        """All that is missing. Raises `InputError`, before any work, if a prompt does not fit or a journal is another's."""
-        settings = self.settings
-        work = self.work(tokenizer, model.config)
-        sampling = Sampling(temperature=settings.temperature, top_p=settings.top_p, seed=settings.seed)
-        journals = [self.journal(name, model) for name, _ in self.methods]
-        for (name, method), journal in zip(self.methods, journals, strict=True):
-            advance = progress(name, len(self.asked))
-            answering.answer_all(model, tokenizer, method, work, journal, sampling, advance)
-
     def work(self, tokenizer: Any, config: Any) -> answering.Work:
         """Raises `InputError` if a prompt does not fit the model."""
         return answering.lay_out(self.asked, tokenizer, config, self.settings.batch, bool(self.facts["chat"]))
+
+    def answer(
+        self, model: Any, tokenizer: Any, work: answering.Work, journals: Sequence[Journal], progress: Progress
+    ) -> None:
+        """Answers all that is missing in the methods' journals, one a method."""
+        settings = self.settings
+        sampling = Sampling(temperature=settings.temperature, top_p=settings.top_p, seed=settings.seed)
+        for (name, method), journal in zip(self.methods, journals, strict=True):
+            advance = progress(name, len(self.asked))
+            answering.answer_all(model, tokenizer, method, work, journal, sampling, advance)
 
     def missing(self, method: str) -> int:
         """How many answers of a method are still to come."""

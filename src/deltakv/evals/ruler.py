@@ -45,8 +45,9 @@ def make_docs(task: str, count: int, tokens: int, text: str, tokenize: Callable[
         depth = (number + 0.5) / count
         many = len(hidden.sentences) > 1
         places = sorted(rng.uniform(0, 1) for _ in hidden.sentences) if many else [depth]
-        for place, sentence in sorted(zip(places, hidden.sentences, strict=True), reverse=True):
-            prose.insert(round(place * len(prose)), sentence)
+        before = [round(place * len(prose)) for place in places]
+        for index, sentence in reversed(list(zip(before, hidden.sentences, strict=True))):
+            prose.insert(index, sentence)
         question = f"{hidden.before}\n{' '.join(prose)}\n{hidden.after}"
         docs.append(Doc(question, hidden.gold, ", ".join(hidden.gold.split()), hidden.lead))
     return docs
