@@ -1,7 +1,7 @@
 """Runs a command over and over in processes that are killed at random moments: `python crash_driver.py KILLS SEED OUT
 WORDS...`, where WORDS are the command line but for its --out.
 
-Everything is imported once and forked, so that a life costs milliseconds; each is a process of its own all the same.
+Everything is imported once and forked, so that a life begins at once; each is a process of its own all the same.
 Prints as JSON how many lives ended by SIGKILL, and how far each had come.
 """
 
@@ -27,16 +27,22 @@ import math_verify  # noqa: E402, F401
 from deltakv.cli import main  # noqa: E402
 
 
+def call(words: list[str]) -> int:
+    """The command in this process; its exit code."""
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            main(words)
+    except SystemExit as exit_:
+        return int(exit_.code or 0)
+
+
 def life(words: list[str]) -> int:
     """A process with this command; its id."""
     if child := os.fork():
         return child
     code = 1
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            main(words)
-    except SystemExit as exit_:
-        code = int(exit_.code or 0)
+        code = call(words)
     finally:
         os._exit(code)
 
@@ -54,6 +60,7 @@ def written(out: Path) -> int:
 
 def run(kills: int, seed: int, out: Path, words: list[str]) -> dict[str, object]:
     whole, cut = out / "whole", out / "cut"
+    assert call([*words, "--out", str(out / "first")]) == 0  # what is imported late is imported now
     seconds = finish([*words, "--out", str(whole)])
     again = finish([*words, "--out", str(whole)])  # with nothing left to answer: what each life needs to begin
     rng = random.Random(seed)
