@@ -63,6 +63,10 @@ class Method:
         """Pages that a REUSE layer reads of a row of `length` tokens; all, unless the method says less."""
         return -(-length // self.page_size)
 
+    def keeps_all(self, length: int) -> bool:
+        """Whether no row of up to `length` tokens can lose a page."""
+        return self.kept_pages(length) == -(-length // self.page_size)
+
     def kept_tokens(self, length: int) -> int:
         """Tokens on these pages: whole pages, but the last one of the text may be partly filled."""
         return self.kept_pages(length) * self.page_size - -length % self.page_size
@@ -78,11 +82,8 @@ class Method:
     def _share(self, name: str, *, zero: bool = False) -> None:
         """Raises `ConfigError` if the field `name` is not a number above 0 (`zero`: or 0) and at most 1."""
         share = getattr(self, name)
-        if (
-            isinstance(share, bool)
-            or not isinstance(share, int | float)
-            or not (0 < share <= 1 or (zero and share == 0))
-        ):
+        number = isinstance(share, int | float) and not isinstance(share, bool)
+        if not number or not (0 < share <= 1 or (zero and share == 0)):
             raise ConfigError(f"{name}={share!r} must be a number {'from 0' if zero else 'above 0'} to 1")
 
     def _pages(self, name: str, least: int) -> int:

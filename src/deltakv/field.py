@@ -121,6 +121,9 @@ class Tactic(Budgeted):
         super().__post_init__()
         self._share("mass")
 
+    def keeps_all(self, length: int) -> bool:
+        return length <= self.min_context
+
 
 @dataclass(frozen=True, kw_only=True)
 class TokenSelect(Budgeted):

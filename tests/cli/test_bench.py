@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from command_line import Run, refused
 
 TIMED = {"median_ms", "quartiles_ms", "runs", "bytes", "floor_ms", "share_of_floor"}
@@ -45,6 +46,37 @@ def test_step(run: Run, model_folder: str, tmp_path: Path) -> None:
     assert static["bytes"] == full["bytes"] > delta["bytes"]
     assert "of floor" in result.out and "generate ms" in result.out and "30 to 300 tokens" in result.out
     assert (tmp_path / "step.png").stat().st_size > 5000
+
+
+def test_finished_rows_are_not_waited_for(run: Run, model_folder: str, tmp_path: Path) -> None:
+    file = tmp_path / "step.json"
+    words = ("--model", model_folder, "--batch-size", "3", "--input-len", "100", "--method", "full", *QUICK)
+    assert run("bench", "step", *words, "--finished", "2", "--json", str(file)).code == 0
+    (entry,) = written(file, "step")["results"]
+    assert (entry["batch"], entry["finished"], entry["tokens"]) == (3, 2, 100)
+    refused(run("bench", "step", *words, "--finished", "3"), "--finished 3", "at most 2")
+
+
+@pytest.mark.parametrize("command", ["step", "sweep"])
+def test_what_does_not_fit_is_named(
+    run: Run, model_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    """A contender that runs out of memory takes nothing of what the others have shown with it."""
+
+    def fail(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB.")
+
+    monkeypatch.setattr("deltakv.bench.step.make_static", fail)
+    file = tmp_path / "step.json"
+    words = ("bench", command, "--model", model_folder, "--batch-size", "1", "--input-len", "64", *QUICK)
+    result = run(*words, "--method", "stock-static", "--method", "full", "--json", str(file))
+    assert result.code == 0 and "stock-static" in result.err
+    data = written(file, command)
+    assert [entry["method"] for entry in data["results"]] == ["full"]
+    assert len(data["left_out"]) == 1 and data["left_out"][0].startswith("stock-static")
+    refused(run(*words, "--method", "stock-static"), "memory", "--batch-size")
+    monkeypatch.setattr("deltakv.bench.dims.make_model", fail)
+    refused(run(*words, "--method", "full"), "memory", "3 GiB")
 
 
 def test_op(run: Run, model_folder: str, tmp_path: Path) -> None:

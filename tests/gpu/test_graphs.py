@@ -88,8 +88,8 @@ def test_a_step_is_one_launch_and_waits_for_nothing(tiny_model: Any, dtype: torc
         one.measure(RAGGED, settings)  # its timed runs must not wait, or it raises
         token = torch.ones((len(RAGGED), 1), dtype=torch.long, device="cuda")
         with no_syncs(model.device):
-            one.step(token)
-        found = launches(lambda: one.step(token))
+            one.step(token, None)
+        found = launches(lambda: one.step(token, None))
     assert found.pop("cudaGraphLaunch") == 1
     assert sum(count for name, count in found.items() if "Launch" in name) <= 2, found  # the tokens' copy
 

@@ -43,6 +43,7 @@ def test_memory_follows_what_is_kept(model_of: Any, name: str) -> None:
         most = 4 + -(-method.lag // 16)
         for step, token in enumerate(row[600:]):
             model(token.view(1, 1), past_key_values=cache)
+            assert handle.stats.kv_bytes == cache.kv_bytes
             if step + 1 == method.lag:  # not when a row next outgrows its place
                 assert cache.layered.reserved_bytes < reserved / 2
             if step >= method.lag:

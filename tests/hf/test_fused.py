@@ -1,4 +1,5 @@
-"""Projections of one input as one product: the same numbers, from the same memory, and no trace afterwards."""
+"""Projections of one input as one product, long ones as two: the same numbers, from the same memory, and no trace
+afterwards."""
 
 from __future__ import annotations
 
@@ -150,6 +151,36 @@ def _one_step(model: Any) -> tuple[torch.Tensor, list[int]]:
         with Products() as products:
             logits = model(torch.tensor([[7]]), past_key_values=cache).logits
     return logits, products.widths
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_long_products_in_halves(tiny_model: Any, bias: bool) -> None:
+    """Four times as many inputs as outputs: at a step two products at once; a prompt as it was; nothing left behind."""
+    model = tiny_model("llama")
+    mlp = model.model.layers[0].mlp
+    mlp.gate_proj, mlp.up_proj = (nn.Linear(64, 256, bias=False) for _ in "ab")
+    mlp.down_proj = nn.Linear(256, 64, bias=bias)
+    want, widths = decode(model, SPARSE, fuse=False)
+    got, fused_widths = decode(model, SPARSE, fuse=True)
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=0)
+    apart, together = (count * model.config.num_hidden_layers + 1 for count in PRODUCTS["llama"])
+    assert len(widths) == apart and len(fused_widths) == together - 1  # no plain product in its place
+    assert "forward" not in vars(mlp.down_proj)
+    x = torch.randn(2, 5, 256)
+    stock = mlp.down_proj(x)
+    with deltakv.apply(model, SPARSE, fuse=True):
+        assert torch.equal(mlp.down_proj(x), stock)
+        with torch.no_grad():
+            torch.testing.assert_close(mlp.down_proj(x[:, :1]), stock[:, :1])
+            assert not torch.equal(mlp.down_proj(x[:, :1]), torch.zeros(2, 1, 64))
+
+
+def test_odd_long_products_are_left_alone(tiny_model: Any) -> None:
+    model = tiny_model("llama")
+    layer = model.model.layers[0].mlp
+    layer.down_proj = nn.Linear(264, 64)  # halves of 132 inputs
+    with deltakv.apply(model, SPARSE, fuse=True):
+        assert "forward" not in vars(layer.down_proj)
 
 
 def test_another_input_gets_its_own_product(tiny_model: Any) -> None:

@@ -96,6 +96,40 @@ def test_min_context_is_kept_dense_up_to_and_with_itself(model_of: Any) -> None:
         assert handle.stats.sparse_rows == 3  # 101, 102, 103
 
 
+@pytest.mark.parametrize(
+    ("room", "recorded", "scores"), [(128, False, False), (129, False, True), (129, True, False)]
+)  # recorded picks are laid out by the host, whose tables hold what is there and no more
+def test_nothing_is_scored_where_no_row_can_lose_a_page(
+    model_of: Any, monkeypatch: pytest.MonkeyPatch, room: int, recorded: bool, scores: bool
+) -> None:
+    """A table for at most `min_context` tokens: Δ-layers attend in full and no more, and the pick is everything."""
+    from deltakv.integrations.hf import selecting
+
+    scored: list[bool] = []
+    with_statistics = selecting.decode_attention_stats
+    monkeypatch.setattr(
+        selecting, "decode_attention_stats", lambda *args: scored.append(True) or with_statistics(*args)
+    )
+    row, model = tokens(60)[None], model_of("llama")
+    with torch.no_grad(), deltakv.apply(model, small("llama", min_context=128)) as handle:
+        handle.stats.record_picks = recorded
+        cache = handle.new_cache(room)
+        model(row[:, :50], past_key_values=cache)
+        ours = torch.cat([model(row[:, i : i + 1], past_key_values=cache).logits for i in range(50, 60)], 1)
+        assert bool(scored) == scores
+        assert handle.stats.attended_tokens == handle.stats.full_tokens > 0
+        for step, _layer, pages, n_kept in handle.stats.picks:
+            count = -(-(51 + step) // 16)
+            assert n_kept.tolist() == [count] and pages[0].tolist()[:count] == list(range(count))
+            assert not pages[0, count:].any()
+        assert len(handle.stats.picks) == recorded * 10 * str(handle.plan).count("S")
+    with torch.no_grad(), deltakv.apply(model, deltakv.Full()) as handle:
+        cache = handle.new_cache(room)
+        model(row[:, :50], past_key_values=cache)
+        full = torch.cat([model(row[:, i : i + 1], past_key_values=cache).logits for i in range(50, 60)], 1)
+    assert torch.equal(ours, full)
+
+
 def test_greedy_generation_is_the_oracle_s(model_of: Any) -> None:
     """`generate` under DELTA: every logit of its own continuation is the dense reference's."""
     model, method = model_of("llama"), small("llama")

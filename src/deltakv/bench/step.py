@@ -7,14 +7,17 @@ one CUDA graph on a GPU, eagerly on a CPU. They come one after the other, becaus
 from __future__ import annotations
 
 import gc
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import StoppingCriteria
 
 import deltakv
 from deltakv.bench.clock import Times, timed
@@ -22,16 +25,21 @@ from deltakv.bench.floors import step_cost
 from deltakv.bench.random_model import fill_paged, make_static
 from deltakv.config import Full, Method
 from deltakv.integrations.hf import Handle, PagedCache
+from deltakv.integrations.hf.generation import COMPILE_OPTIONS
 from deltakv.integrations.hf.support import model_shape
 
 #: Stock transformers: sdpa over a static cache, compiled as `generate` compiles it.
 STATIC = "stock-static"
+
+#: Tokens that `generate` makes before its loop is timed: the first steps compile and capture.
+_LOOP_WARMUP = 12
 
 
 @dataclass(frozen=True)
 class Settings:
     """runs, warmup: timed steps and those before them. compiled: in one piece (a CUDA graph on a GPU).
     loop: tokens that `generate` makes while its loop is timed, 0 for none. profile: the kernels of a step too (GPU).
+    finished: so many of the rows have finished, and only keep their place in the batch.
     """
 
     runs: int
@@ -39,11 +47,12 @@ class Settings:
     compiled: bool
     loop: int = 0
     profile: bool = False
+    finished: int = 0
 
     @property
     def room(self) -> int:
         """Tokens that a row may grow by while it is measured."""
-        return self.runs + self.warmup + 2 * self.loop + 16
+        return self.runs + self.warmup + self.loop + 2 * _LOOP_WARMUP
 
 
 @dataclass(frozen=True)
@@ -57,8 +66,8 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Entry:
-    """What a contender took for rows of `lengths` tokens. bytes: weights and K and V that its step must read.
-    loop: milliseconds of a step of `generate`, all that it does around the forward included."""
+    """What a contender took for rows of `lengths` tokens, 0 for one that has finished. bytes: weights and K and V that
+    its step must read. loop: milliseconds of a step of `generate`, all that it does around the forward included."""
 
     name: str
     lengths: Sequence[int]
@@ -73,6 +82,7 @@ class Entry:
         return {
             "method": self.name,
             "batch": len(self.lengths),
+            "finished": list(self.lengths).count(0),
             "context": max(self.lengths),
             "tokens": sum(self.lengths),
             **self.times.numbers(),
@@ -100,11 +110,15 @@ class Contender:
         model = self.model
         self._refill(lengths)
         token = torch.randint(model.config.vocab_size, (len(lengths), 1), device=model.device)
+        finished = None
+        if settings.finished:
+            finished = torch.arange(len(lengths), device=model.device) < settings.finished
+            lengths = [0] * settings.finished + list(lengths[settings.finished :])
         kernels = []
         with torch.no_grad():
-            times = timed(lambda: self.step(token), model.device, settings.runs, settings.warmup)
+            times = timed(lambda: self.step(token, finished), model.device, settings.runs, settings.warmup)
             if settings.profile and model.device.type == "cuda":
-                kernels = _profiled(lambda: self.step(token))
+                kernels = _profiled(lambda: self.step(token, finished))
         loop = self._loop(lengths, settings) if settings.loop else None
         return Entry(self.name, lengths, times, step_bytes(model, self.method, lengths), loop, kernels)
 
@@ -116,13 +130,27 @@ class Contender:
                 layer.cumulative_length.fill_(max(lengths))
 
     def _loop(self, lengths: Sequence[int], settings: Settings) -> float:
-        """Milliseconds a step of `generate`: of a long run without those of a short one, which hold what is once."""
-        taken = []
-        for count in (4, 4, 4 + settings.loop):  # the first compiles
-            self._refill([max(lengths)] * len(lengths))
-            ids = torch.randint(3, self.model.config.vocab_size, (len(lengths), max(lengths) + 1))
-            taken.append(generate_seconds(self.model, ids, count, past_key_values=self.cache))
-        return 1e3 * (taken[2] - taken[1]) / settings.loop
+        """Milliseconds from step to step of a `generate`, once it is under way: the median."""
+        self._refill([max(lengths)] * len(lengths))
+        ids = torch.randint(3, self.model.config.vocab_size, (len(lengths), max(lengths) + 1))
+        watch = _Watch()
+        count = _LOOP_WARMUP + settings.loop
+        generate_seconds(self.model, ids, count, past_key_values=self.cache, stopping_criteria=[watch])
+        return 1e3 * statistics.median(b - a for a, b in pairwise(watch.times[-settings.loop - 1 :]))
+
+
+class _Watch(StoppingCriteria):
+    """Looks at the clock after each step, and stops nothing. times: seconds."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+        self._no: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        self.times.append(time.perf_counter())
+        if self._no is None:
+            self._no = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        return self._no
 
 
 def generate_seconds(model: Any, ids: Tensor, count: int, **options: Any) -> float:
@@ -164,24 +192,28 @@ def contender(
 def step_bytes(model: Any, method: Method, lengths: Sequence[int]) -> float:
     """Bytes that a step must read: weights once, and K and V of each row, its new token included."""
     cost = step_cost(model.config, model_shape(model.config).windows, method, model.dtype)
-    rows = (sum(cost.kv_bytes(length + 1, 1, method).values()) for length in lengths)
+    rows = (sum(cost.kv_bytes(length + 1, 1, method).values()) for length in lengths if length)
     return cost.weight_bytes(len(lengths)) + sum(rows)
 
 
-def _make_step(model: Any, handle: Handle | None, cache: Any, compiled: bool) -> Callable[[Tensor], Tensor]:
-    """The step as a function of the tokens [batch, 1], giving the next ones; what the host does for it included."""
+def _make_step(
+    model: Any, handle: Handle | None, cache: Any, compiled: bool
+) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """The step as a function of the tokens [batch, 1] and of which rows have finished, giving the next tokens; what the
+    host does for it included."""
 
     def forward(token: Tensor) -> Tensor:
         logits = model(token, past_key_values=cache, use_cache=True).logits
         result: Tensor = logits[:, -1].argmax(-1, keepdim=True)
         return result
 
-    run = torch.compile(forward, mode="reduce-overhead", fullgraph=True, dynamic=False) if compiled else forward
+    how: dict[str, Any] = {"mode": "reduce-overhead"} if handle is None else {"options": COMPILE_OPTIONS}
+    run = torch.compile(forward, fullgraph=True, dynamic=False, **how) if compiled else forward
     if handle is None:
-        return run
+        return lambda token, finished: run(token)  # stock goes on with rows that have finished
 
-    def announced(token: Tensor) -> Tensor:
-        assert isinstance(cache, PagedCache) and handle.announce(cache)
+    def announced(token: Tensor, finished: Tensor | None) -> Tensor:
+        assert isinstance(cache, PagedCache) and handle.announce(cache, finished)
         return run(token)
 
     return announced

@@ -26,19 +26,25 @@ def sweep(
     batches: Sequence[int],
     settings: Settings,
     advance: Callable[[str], None] = lambda what: None,
+    leave_out: Callable[[str], None] = lambda what: None,
 ) -> Iterator[Entry]:
-    """Every method at every batch and context that fits the device. Each method is compiled once a batch."""
+    """Every method at every batch and context that fits the device. Each method is compiled once a batch.
+
+    advance: told what is begun. leave_out: told of a method and batch that ran out of memory all the same.
+    """
     for batch in batches:
         fitting = [context for context in contexts if fits(model, batch, context + settings.room)]
         if not fitting:
             continue
         for name, method in methods:
             advance(f"{name}, batch {batch}")
-            with contender(
-                model, name, method, batch, max(fitting) + settings.room, compiled=settings.compiled
-            ) as made:
-                for context in sorted(fitting):
-                    yield made.measure([context] * batch, settings)
+            room = max(fitting) + settings.room
+            try:
+                with contender(model, name, method, batch, room, compiled=settings.compiled) as made:
+                    for context in sorted(fitting):
+                        yield made.measure([context] * batch, settings)
+            except torch.OutOfMemoryError:
+                leave_out(f"{name}, batch {batch}")
 
 
 def fits(model: Any, batch: int, tokens: int) -> bool:

@@ -53,6 +53,9 @@ def step(
     ] = 1.0,
     num_iters: Runs = 30,
     num_iters_warmup: Warmup = 10,
+    finished: Annotated[
+        int, typer.Option(min=0, help="So many of the rows have finished, and only keep their place in the batch.")
+    ] = 0,
     loop: Annotated[int, typer.Option(min=0, help="Tokens of `generate` to time its loop by; 0: none.")] = 0,
     profile: Annotated[bool, typer.Option(help="Show the kernels of each step (GPU).")] = False,
     compiled: Compiled = None,
@@ -65,11 +68,15 @@ def step(
 
     [bold]Example:[/bold] deltakv bench step --model r1-distill-qwen-7b --batch-size 64 --input-len 16000
     """
+    if finished >= batch_size:
+        raise InputError(f"--finished {finished} leaves no row of {batch_size} to time; give at most {batch_size - 1}")
     job = Job(model, method or METHODS, device, dtype, output_json, plot)
+    import torch
+
     from deltakv.bench.step import Settings, contender
     from deltakv.report import bench as report
 
-    settings = Settings(num_iters, num_iters_warmup, job.compiled(compiled), loop, profile)
+    settings = Settings(num_iters, num_iters_warmup, job.compiled(compiled), loop, profile, finished)
     least = max(1, round(input_len / spread))
     lengths = [input_len - (input_len - least) * row // max(1, batch_size - 1) for row in range(batch_size)]
     job.extend_positions(input_len + settings.room)
@@ -79,8 +86,12 @@ def step(
         for name, chosen in job.methods:
             advance(name)
             room = input_len + settings.room
-            with contender(made, name, chosen, batch_size, room, compiled=settings.compiled) as one:
-                entries.append(one.measure(lengths, settings))
+            try:
+                with contender(made, name, chosen, batch_size, room, compiled=settings.compiled) as one:
+                    entries.append(one.measure(lengths, settings))
+            except torch.OutOfMemoryError:
+                job.leave_out(name)
+    job.require(entries)
     results = [entry.numbers(job.bandwidth) for entry in entries]
     title = f"{model}, batch {batch_size}, {span} tokens, {job.dtype_name}, {job.device_name}"
     job.show(report.step_table(results, job.bandwidth), title)
@@ -157,10 +168,9 @@ def sweep(
     settings = Settings(num_iters, num_iters_warmup, job.compiled(compiled))
     job.extend_positions(max(contexts) + settings.room)
     with job.work("sweep", len(job.methods) * len(batches)) as (made, advance):
-        entries = list(run(made, job.methods, contexts, batches, settings, advance))
+        entries = list(run(made, job.methods, contexts, batches, settings, advance, job.leave_out))
+    job.require(entries)
     results = [entry.numbers(job.bandwidth) for entry in entries]
-    if not results:
-        raise InputError("nothing fits the device's memory; give a smaller --batch-size or --input-len")
     title = f"{model}, {job.dtype_name}, {job.device_name}"
     job.show(report.sweep_table(results), title)
     found = trends(results)

@@ -31,6 +31,7 @@ class Job:
         output_json: Path | None,
         plot: Path | None,
     ) -> None:
+        self.left_out: list[str] = []
         names = list(dict.fromkeys(methods))
         parsed = [name if name == STATIC else options.parse_method(name, [STATIC]) for name in names]
         self.methods = list(zip(names, parsed, strict=True))
@@ -106,6 +107,17 @@ class Job:
 
             yield model, advance
 
+    def leave_out(self, what: str) -> None:
+        """Notes that `what` ran out of the device's memory."""
+        self.left_out.append(what)
+
+    def require(self, results: Sequence[Any]) -> None:
+        """Says what was left out, or raises `InputError` if that is everything."""
+        if not results:
+            raise InputError("nothing fits the device's memory; give a smaller --batch-size or --input-len")
+        if self.left_out:
+            options.say(f"left out, for it does not fit the device's memory: {'; '.join(self.left_out)}")
+
     def show(self, table: Any, title: str) -> None:
         from deltakv.report.tables import print_table
 
@@ -115,6 +127,7 @@ class Job:
         from deltakv.bench.provenance import provenance
 
         header = {**provenance(), "model": self.name, "dtype": self.dtype_name, "device": self.device_name}
+        header["left_out"] = self.left_out
         options.write_json(self._json, {**header, "copy_bandwidth": self.bandwidth, **facts, "results": list(results)})
         if self._json is not None:
             options.say(f"json: {self._json}")

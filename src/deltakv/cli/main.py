@@ -53,6 +53,9 @@ def _run(args: Sequence[str] | None) -> int:
     try:
         return command.main(args=args, prog_name="deltakv", standalone_mode=False) or 0
     except Exception as error:
+        if "torch" in sys.modules and isinstance(error, sys.modules["torch"].OutOfMemoryError):
+            said = ". ".join(str(error).split(". ")[:2])  # and then it tells of its allocator
+            return _refuse(f"the device's memory is not enough for this ({said.rstrip('.')}); give it less to do")
         # A wrong option, whichever click typer stands on: both give these two.
         if not hasattr(error, "format_message") or not hasattr(error, "exit_code"):
             raise

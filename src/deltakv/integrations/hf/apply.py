@@ -161,7 +161,7 @@ class Handle:
 
     def _prepare(self, cache: PagedCache, width: int) -> None:
         """Brings what the method knows of the cache's rows up to date, for block tables of `width` pages."""
-        state, heads = cache.state, self.model.config.num_attention_heads
+        state, heads = cache.state, self.model.config.get_text_config().num_attention_heads
         static = state.decoding.static
         state.known.prepare(
             self._name,
@@ -350,8 +350,8 @@ class Handle:
             seq_lens = torch.cat([torch.arange(past + 1, end + 1, dtype=torch.int32) for past, end in spans])
             self.stats.add_positions(seq_lens, *positions.commit())
         cache.commit()
-        # Counting pages takes a while for many long rows, so only when a row has begun a new one.
-        if any(
+        # Counting pages takes a while for many long rows, so only when a row has begun a new one, or may have lost one.
+        if isinstance(cache, EvictingCache) or any(
             new % cache.page_size == 1 or new - old > 1
             for old, new in zip(step.append.past, step.append.lengths, strict=True)
         ):

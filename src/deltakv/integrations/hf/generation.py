@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import threading
 import weakref
@@ -9,8 +10,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
-from transformers import StoppingCriteriaList
+from transformers import CompileConfig, StoppingCriteriaList
 from transformers.generation.configuration_utils import GenerationMode
 
 from deltakv.errors import UnsupportedUseError
@@ -21,6 +23,10 @@ _CONTINUOUS_BATCHING = ("generate_batch", "init_continuous_batching", "continuou
 
 #: Tokens that a static cache's room is a multiple of, at least; longer ones are rounded up by a sixteenth at most.
 _LEAST_ROOM = 256
+
+#: How a decode step is compiled on a GPU: mode "reduce-overhead" in `torch.compile`'s words, and what is independent in
+#: one kernel (RoPE of the queries with RoPE and storing of the keys, one kernel a layer fewer).
+COMPILE_OPTIONS = {"triton.cudagraphs": True, "combo_kernels": True}
 
 
 def bucket(tokens: int) -> int:
@@ -140,10 +146,10 @@ class Generation:
         self._running[cache] = weakref.ref(criteria)
         return criteria
 
-    def _compiled_call(self, *args: Any, **kwargs: Any) -> Callable[..., Any]:
+    def _compiled_call(self, config: CompileConfig | None) -> Callable[..., Any]:
         """In the place of `get_compiled_call`: a forward that the host lays out (a chunk of the prompt, recorded picks)
         runs as it is."""
-        compiled = self._compile(*args, **kwargs)
+        compiled = self._compile(_in_fewer_kernels(config, self._model.device))
 
         def call(*args: Any, **kwargs: Any) -> Any:
             cache = kwargs.get("past_key_values")
@@ -151,6 +157,17 @@ class Generation:
             return compiled(*args, **kwargs) if announced else self._model(*args, **kwargs)
 
         return call
+
+
+def _in_fewer_kernels(config: CompileConfig | None, device: torch.device) -> CompileConfig | None:
+    """`generate`'s way to compile with `COMPILE_OPTIONS`, where the user has not chosen another."""
+    usual = CompileConfig()
+    chosen = usual if config is None else config
+    if device.type != "cuda" or (chosen.backend, chosen.mode, chosen.options) != (usual.backend, usual.mode, None):
+        return config
+    chosen = copy.copy(chosen)
+    chosen.mode, chosen.options = None, dict(COMPILE_OPTIONS)  # torch.compile takes one or the other
+    return chosen
 
 
 def _no_mask(*_: Any, attention_mask: Tensor | None, **__: Any) -> Tensor | None:

@@ -88,9 +88,8 @@ class Known:
             new = self._fit(layer, shapes, k.device, static)
             if method.evicts and new:
                 for index, row in enumerate(rows_of(layer)):
-                    self.layers[layer]["dropped"][index, [at for at, page in enumerate(row.pages) if page == GONE]] = (
-                        True
-                    )
+                    gone = [at for at, page in enumerate(row.pages) if page == GONE]
+                    self.layers[layer]["dropped"][index, gone] = True
             if bounds:
                 self._find_bounds(layer, k, rows, page_size)
         if bounds:
@@ -120,8 +119,7 @@ class Known:
 
     def note_page(self, layer: int, k_pool: Tensor, pages: Tensor, seq_lens: Tensor) -> tuple[Tensor, Tensor]:
         """Finds the bounds of each row's last page anew, from `k_pool` at the physical `pages`, int64 [rows]; when the
-        row goes on to the next page, they are right. seq_lens: int32 [rows]. Returns `low` and `high`. Can be
-        traced."""
+        row goes on to the next page, they are right. seq_lens: int32 [rows]. Returns `low`, `high`. Can be traced."""
         low, high = self.layers[layer]["low"], self.layers[layer]["high"]
         page_size = k_pool.shape[1]
         last = (seq_lens - 1).clamp_min(0)
@@ -140,8 +138,10 @@ class Known:
             self.bounded = [length // page_size for length in lengths]
 
     def truncated(self, lengths: Sequence[int], page_size: int, *, final: bool = False) -> None:
-        """Tokens were dropped, or came in another way than by decoding: the queries of the past are no past any
-        more."""
+        """Tokens were dropped, or came in another way than by decoding: what queries have seen is forgotten.
+
+        final: a page that was dropped is lost. Otherwise it is as if it never had been.
+        """
         if self.bounded:
             self.bounded = [min(old, n // page_size) for old, n in zip(self.bounded, lengths, strict=True)]
         for known in self.layers.values():

@@ -42,13 +42,17 @@ class Selecting:
             return self._evicting(step, known, layer, query, k_pool, v_pool, scale, sinks)
         if self.method.remembers:
             return self._remembering(step, known, layer, query, k_pool, v_pool, scale, sinks)
-        page_size = k_pool.shape[1]
+        page_size, width = k_pool.shape[1], table.shape[2]
         if self.method.sees is Sees.SOFTMAX:
+            if self.method.keeps_all(width * page_size):
+                # Not even a row that fills the table would lose a page. A shape says so, and no graph shows it.
+                step.picked(_everything(layer, table, lens, page_size))
+                return decode_attention(query, k_pool, v_pool, table, lens, scale, sinks)
             out, logits, peaks, lse = decode_attention_stats(query, k_pool, v_pool, table, lens, scale, sinks)
             picks = self.selector.pick(SoftmaxStats(logits, peaks, lse, lens[:, 0], page_size))
             step.picked(_pick(layer, picks, table, lens, page_size))
             return out
-        width, looked_at = table.shape[2], torch.zeros_like(lens[:, 0])
+        looked_at = torch.zeros_like(lens[:, 0])
         if self.method.sees is Sees.BOUNDS:
             last = ((lens[:, 0] - 1).clamp_min(0) // page_size).long()
             pages = table[:, 0].gather(1, last[:, None])[:, 0].long()
@@ -143,3 +147,11 @@ def _pick(
         seq_lens=(picks.n_kept * page_size - missing)[:, None],
         looked_at=looked_at,
     )
+
+
+def _everything(layer: int, block_table: Tensor, seq_lens: Tensor, page_size: int) -> Pick:
+    """The pick of a SELECT layer whose rows keep all their pages. Arguments: the layer's index; as in `Step`."""
+    n_pages = (seq_lens[:, 0] + page_size - 1) // page_size
+    pages = torch.arange(block_table.shape[-1], dtype=torch.int32, device=block_table.device)
+    kept = torch.where(pages < n_pages[:, None], pages, 0)
+    return Pick(layer, Picks(kept, n_pages), block_table, seq_lens)

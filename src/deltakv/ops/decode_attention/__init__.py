@@ -24,7 +24,7 @@ def _fake_stats(q: Tensor, k_cache: Tensor, _v: Tensor, block_table: Tensor, *_:
     tokens, dtype = block_table.shape[-1] * k_cache.shape[1], torch.float32
     tiles, tile = 1, tokens
     if q.device.type == "cuda":
-        tile, dtype = _triton.tile_tokens(q), torch.float16
+        tile, dtype = _triton.tile_tokens(q, k_cache.shape[2]), torch.float16
         tiles = -(-tokens // tile)
     return (
         q.new_empty(q.shape),

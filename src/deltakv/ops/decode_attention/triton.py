@@ -13,16 +13,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-#: Bytes of K and V that a tile may have. Two are under way in shared memory, and three programs share a multiprocessor.
-_TILE_BYTES = 1 << 15
+#: Bytes of K and V that a tile may have; two are under way in shared memory. Smaller ones read a large batch as fast,
+#: but a single row has few programs, and each of its tiles takes a microsecond whatever its size.
+_TILE_BYTES = 1 << 16
+#: Numbers of a tile's logits, all query heads of a KV head together: they are held in registers.
+_TILE_LOGITS = 1 << 12
 
 #: Offsets up to here are computed in 32 bits, with half as many instructions.
 _NARROW = (1 << 31) - 1
 
 
-def tile_tokens(q: Tensor) -> int:
+def block_heads(n_heads: int, n_kv: int) -> int:
+    """The query heads of a KV head, filled up to what tensor cores multiply."""
+    return max(16, triton.next_power_of_2(n_heads // n_kv))
+
+
+def tile_tokens(q: Tensor, n_kv: int) -> int:
     """Tokens that are multiplied at once, for queries [rows, n_heads, head_dim]; their logits share a peak."""
-    return max(32, min(128, _TILE_BYTES // (2 * triton.next_power_of_2(q.shape[2]) * q.element_size())))
+    fitting = _TILE_BYTES // (2 * triton.next_power_of_2(q.shape[2]) * q.element_size())
+    return max(32, min(128, fitting, _TILE_LOGITS // block_heads(q.shape[1], n_kv)))
 
 
 def chunk_tokens(capacity: int) -> int:
@@ -33,7 +42,7 @@ def chunk_tokens(capacity: int) -> int:
     """
     if capacity <= 2048:
         return 2048
-    if capacity <= 4096:
+    if capacity <= 16384:
         return 1024
     return 2048 if capacity <= 65536 else 4096
 
@@ -228,7 +237,7 @@ def _run(
     assert k_cache.stride(3) == v_cache.stride(3) == 1, "a token's numbers lie side by side"
     q, block_table, seq_lens = q.contiguous(), block_table.contiguous(), seq_lens.contiguous()
     capacity = width * page_size
-    chunk, tile = chunk_tokens(capacity), tile_tokens(q)
+    chunk, tile = chunk_tokens(capacity), tile_tokens(q, n_kv)
     splits, tiles = max(1, triton.cdiv(capacity, chunk)), triton.cdiv(capacity, tile)
     out = torch.empty_like(q)
     fp32 = {"dtype": torch.float32, "device": q.device}
@@ -263,7 +272,7 @@ def _run(
         scale,
         **shape,
         KV_HEADS=n_kv,
-        BLOCK_H=max(16, triton.next_power_of_2(n_heads // n_kv)),
+        BLOCK_H=block_heads(n_heads, n_kv),
         PAGE=page_size,
         TILE=tile,
         ALIKE=k_cache.stride() == v_cache.stride(),

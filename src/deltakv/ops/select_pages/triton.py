@@ -39,13 +39,18 @@ def _select(
         bits = score.to(tl.int32, bitcast=True)
         key = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # integers in the order of the floats
         need = BUDGET - tl.sum(forced.to(tl.int32), 0)
-        # The largest threshold that at least `need` pages reach: its sign, then bit by bit.
+        # The largest threshold that at least `need` pages reach, its sign and then bit by bit, as far as it takes to
+        # tell the pages to keep from the others.
         reach = tl.sum((free & (key >= 0)).to(tl.int32), 0)
         threshold = tl.where(reach >= need, 0, -2147483648)
-        for step in range(31):
-            higher = threshold + (1 << (30 - step))
-            reach = tl.sum((free & (key >= higher)).to(tl.int32), 0)
-            threshold = tl.where(reach >= need, higher, threshold)
+        reach = tl.where(reach >= need, reach, tl.sum(free.to(tl.int32), 0))
+        bit = 30
+        while (bit >= 0) & (reach > need):
+            higher = threshold + (1 << bit)
+            count = tl.sum((free & (key >= higher)).to(tl.int32), 0)
+            threshold = tl.where(count >= need, higher, threshold)
+            reach = tl.where(count >= need, count, reach)
+            bit -= 1
         above = free & (key > threshold)
         level = free & (key == threshold)
         rank = tl.cumsum(level.to(tl.int32), 0)  # of pages that tie, the earlier ones
