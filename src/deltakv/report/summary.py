@@ -1,0 +1,317 @@
+"""One page of all results: accuracy against attended tokens, KL against budget, step time against context, picks."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterable, Sequence
+from html import escape
+from typing import Any
+
+from deltakv.errors import DeltaKVError
+from deltakv.evals.picks import PickRecord
+from deltakv.methods import parse
+from deltakv.report.charts import Axis, Point, chart, mark
+from deltakv.report.page import fill
+from deltakv.report.plots import ACCENT, KL_FLOOR, RECENT, SINK
+from deltakv.report.results import Entry, Results
+
+DENSE = ("full", "stock", "stock-static")
+
+
+def summary_page(found: Results, title: str) -> str:
+    """The HTML. Sections for which there is nothing are left out."""
+    style = _Style(found)
+    sections = [
+        _section("Answers", "Accuracy against attended tokens, with 95% intervals.", map(style.answers, found.answers)),
+        _section(
+            "Fidelity", "The distance of next-token distributions from full attention's, in nats; less is better.",
+            [style.fidelity(group) for group in _groups(found.fidelity, "model", "context", "text")],
+        ),
+        _section(
+            "Speed", "Milliseconds a decode step.",
+            [style.steps(group) for group in _groups(found.steps, "model", "batch", "where")],
+        ),
+        _section("Picks", "The pages that each Δ-layer keeps at each step.", [_picks(*pair) for pair in found.picks]),
+        _section("Where the numbers are from", "", [_sources(found.sources)]),
+    ]  # fmt: skip
+    return fill("summary.html", {"TITLE": title}, {"SECTIONS": "".join(sections)})
+
+
+class _Style:
+    """One number a series all over the page: its colour and shape."""
+
+    def __init__(self, found: Results) -> None:
+        methods = [r["method"] for run in found.answers for r in run["results"]]
+        methods += [entry["method"] for entry in [*found.fidelity, *found.steps]]
+        series = dict.fromkeys(map(series_of, methods))
+        first = [name for name in ("full", "delta") if name in series]
+        names = [*(first or ["full"]), *(name for name in series if name not in first)]
+        self.numbers = {name: number for number, name in enumerate(names)}
+
+    def answers(self, run: Entry) -> str:
+        results = run["results"]
+        head = f"{run['model']} on {run['task']}, {results[0]['questions']} questions"
+        if "perplexity" in results[0]:
+            return _block(head, _answers_headline(results), "", _answers_table(results))
+        points = []
+        for result in results:
+            method, (low, high) = result["method"], result["interval"]
+            attended, right = (result["attended_tokens"] or 0) / 1e3, result["accuracy"] * 100
+            points.append(Point(attended, right, series_of(method), label_of(method), low * 100, high * 100, method))
+        x, y = Axis("attended tokens a step, thousands", _form(points), zero=True), Axis("accuracy, %", zero=True)
+        drawn = self._figure(chart(points, x, y, self.numbers, frontier="up"), points)
+        return _block(head, _answers_headline(results), drawn, _answers_table(results))
+
+    def fidelity(self, group: Sequence[Entry]) -> str:
+        one = group[0]
+        sparse = [entry for entry in group if entry["kl_mean"] > KL_FLOOR]
+        head = f"{one['model']}, {one['context']:,} tokens of {one['text']}" if one.get("context") else one["model"]
+        drawn = ""
+        if len(sparse) > 1:
+            points = [
+                Point(entry["attended_tokens"] / 1e3, entry["kl_mean"], series_of(entry["method"]),
+                      label_of(entry["method"]), says=f"{entry['method']}: KL {entry['kl_mean']:.3g}")
+                for entry in sparse
+            ]  # fmt: skip
+            x, y = (
+                Axis("attended tokens a step, thousands", _form(points), zero=True),
+                Axis("mean KL", "{:.3g}", log=True),
+            )
+            drawn = self._figure(chart(points, x, y, self.numbers, frontier="down"), points)
+            drawn += self._by_budget(sparse)
+        return _block(head, _fidelity_headline(group), drawn, _folded(_fidelity_table(group)))
+
+    def _by_budget(self, sparse: Sequence[Entry]) -> str:
+        """KL over budget, if a series has two budgets at least."""
+        points = [
+            Point(float(budget), entry["kl_mean"], series_of(entry["method"]), says=entry["method"])
+            for entry in sparse
+            if (budget := budget_of(entry["method"])) is not None
+        ]
+        budgets = {series: {p.x for p in points if p.series == series} for series in {p.series for p in points}}
+        points = [point for point in points if len(budgets[point.series]) > 1]
+        if not points:
+            return ""
+        x, y = Axis("budget, tokens", log=True), Axis("mean KL", "{:.3g}", log=True)
+        return self._figure(chart(points, x, y, self.numbers, lines=True), points)
+
+    def steps(self, group: Sequence[Entry]) -> str:
+        one = group[0]
+        methods = {entry["method"] for entry in group}
+        alone = len({series_of(method) for method in methods}) == len(methods)  # else a line would join two budgets
+        points = []
+        for entry in group:
+            name = series_of(entry["method"]) if alone else entry["method"]
+            self.numbers.setdefault(name, len(self.numbers))
+            says = f"{entry['method']}: {entry['step_ms']:.2f} ms"
+            points.append(Point(entry["context"] / 1e3, entry["step_ms"], name, says=says))
+        x, y = Axis("tokens of context, thousands", _form(points), zero=True), Axis("ms a step", "{:,.3g}", zero=True)
+        drawn = self._figure(chart(points, x, y, self.numbers, lines=True), points)
+        head = f"{one['model']}, batch {one['batch']}, {one['where']}"
+        return _block(head, _steps_headline(group), drawn, _folded(_steps_table(group)))
+
+    def _figure(self, drawn: str, points: Sequence[Point]) -> str:
+        named = dict.fromkeys(point.series for point in points)
+        keys = "".join(f"<span>{mark(self.numbers[name])}{escape(name)}</span>" for name in named)
+        return f'<figure>{drawn}<figcaption class="legend">{keys}</figcaption></figure>'
+
+
+def series_of(method: str) -> str:
+    """A method without its budget: `delta:budget=512,sinks=0` is `delta sinks=0`."""
+    name, _, rest = method.partition(":")
+    others = [
+        option for option in rest.split(",") if option and option.split("=")[0].strip() not in ("budget", "window")
+    ]
+    return " ".join([name or "?", *others])
+
+
+def budget_of(method: str) -> int | None:
+    """The tokens that a method keeps, as given or by default; None where it has no such number."""
+    try:
+        config = parse(method)
+    except DeltaKVError:  # a baseline, or a plan file that is on another machine
+        return next(
+            (
+                int(option.split("=")[1])
+                for option in method.partition(":")[2].split(",")
+                if option.startswith("budget=")
+            ),
+            None,
+        )
+    return getattr(config, "budget", getattr(config, "window", None))
+
+
+def label_of(method: str) -> str:
+    budget = budget_of(method)
+    return "" if budget is None else str(budget)
+
+
+def _form(points: Sequence[Point]) -> str:
+    return "{:,.0f}" if max(point.x for point in points) >= 5 else "{:,.1f}"
+
+
+def _is_dense(entry: Entry) -> bool:
+    return str(entry["method"]).split(":")[0] in DENSE
+
+
+def _answers_headline(results: Sequence[Entry]) -> str:
+    sparse = [result for result in results if not _is_dense(result) and result["versus"]]
+    if not sparse:
+        return ""
+    if "perplexity" in results[0]:
+        best = min(sparse, key=lambda result: result["perplexity"])
+        said = f"{best['versus']['ratio']:.3f} times {best['versus']['method']}'s perplexity"
+    else:
+        best = max(sparse, key=lambda result: (result["accuracy"], -(result["attended_tokens"] or 0)))
+        low, high = best["versus"]["interval"]
+        said = f"{best['versus']['difference']:+.1%} against {best['versus']['method']} ({low:+.1%} to {high:+.1%})"
+    fewer = (
+        f", attending to {best['full_tokens'] / best['attended_tokens']:.2f}x fewer tokens"
+        if best["full_tokens"]
+        else ""
+    )
+    return f"{best['method']}: {said}{fewer}"
+
+
+def _fidelity_headline(group: Sequence[Entry]) -> str:
+    sparse = [entry for entry in group if not _is_dense(entry) and entry["kl_mean"] > KL_FLOOR]
+    if not sparse:
+        return ""
+    best = min(sparse, key=lambda entry: entry["kl_mean"])
+    return f"Nearest to full attention: {best['method']}, mean KL {best['kl_mean']:.3g} nats"
+
+
+def _steps_headline(group: Sequence[Entry]) -> str:
+    longest = max(entry["context"] for entry in group)
+    here = [entry for entry in group if entry["context"] == longest]
+    dense, sparse = ([e for e in here if _is_dense(e) == kind] for kind in (True, False))
+    if not dense or not sparse:
+        return ""
+    fastest, best = min(sparse, key=lambda e: e["step_ms"]), min(dense, key=lambda e: e["step_ms"])
+    ratio = best["step_ms"] / fastest["step_ms"]
+    against = f"{best['method']}, the best full attention"
+    return f"{fastest['method']} steps {ratio:.2f}x as fast as {against}, at {longest:,} tokens"
+
+
+def _answers_table(results: Sequence[Entry]) -> str:
+    texts = "perplexity" in results[0]
+
+    def row(result: Entry) -> list[str]:
+        versus, attended = result["versus"], result["attended_tokens"]
+        form = "{:.3f}" if texts else "{:.1%}"
+        cells = [result["method"], _span(result["perplexity" if texts else "accuracy"], result["interval"], form)]
+        if versus:
+            value, form = (versus["ratio"], "{:.4f}") if texts else (versus["difference"], "{:+.1%}")
+            cells.append(_span(value, versus["interval"], form))
+        else:
+            cells.append("")
+        cells += [
+            f"{attended:,.0f}" if attended else "",
+            f"{result['full_tokens'] / attended:.2f}x" if attended else "",
+        ]
+        if not texts:
+            p = versus["p"] if versus else None
+            cells += [f"{versus['better']}/{versus['worse']}" if versus else "", "" if p is None else f"{p:.3f}"]
+            cells += [f"{result['new_tokens']:,.0f}", str(result["truncated"])]
+        return [*cells, f"{result['seconds']:,.0f}"]
+
+    base = next((result["versus"]["method"] for result in results if result["versus"]), "full")
+    heads = ["method", "perplexity" if texts else "accuracy", f"to {base}", "attended", "fewer"]
+    heads += [] if texts else ["better/worse", "p (McNemar)", "new tokens", "cut off"]
+    return _table([*heads, "seconds"], map(row, results))
+
+
+def _fidelity_table(group: Sequence[Entry]) -> str:
+    def row(entry: Entry) -> list[str]:
+        cells = [entry["method"], f"{entry['attended_tokens']:,.0f}", f"{entry['kl_mean']:.4f}"]
+        for name, form in (("kl_p99", "{:.3f}"), ("top1", "{:.1%}"), ("perplexity", "{:.2f}")):
+            cells.append(form.format(entry[name]) if entry.get(name) is not None else "")
+        return cells
+
+    return _table(["method", "attended", "mean KL", "p99 KL", "top-1", "perplexity"], map(row, group))
+
+
+def _steps_table(group: Sequence[Entry]) -> str:
+    ordered = sorted(group, key=lambda entry: (entry["context"], entry["step_ms"]))
+    rows = ([entry["method"], f"{entry['context']:,}", f"{entry['step_ms']:.3f}"] for entry in ordered)
+    return _table(["method", "context", "ms a step"], rows)
+
+
+def _picks(label: str, record: PickRecord) -> str:
+    panels = "".join(
+        f'<figure><figcaption>Δ-layer {layer}</figcaption><img class="picks" alt="pages kept by Δ-layer {layer}" '
+        f'src="data:image/png;base64,{_picks_png(record, layer)}"><div class="axis"><span>page 0 at the top, '
+        f"{record.pages_at(record.steps - 1) - 1} below</span><span>{record.steps} steps →</span></div></figure>"
+        for layer in record.picks
+    )
+    recall = sum(record.recall.values()) / len(record.recall) if record.recall else None
+    head = f"{label}, last {record.steps:,} of {record.context:,} tokens"
+    said = (
+        f"{record.method}: picks hold {recall:.1%} of full attention's mass, mean of layers"
+        if recall
+        else record.method
+    )
+    key = "".join(
+        f'<span><i style="background:{colour}"></i>{name}</span>'
+        for name, colour in (("picked by score", ACCENT), ("sink", SINK), ("recent", RECENT), ("not kept", _GREY))
+    )
+    return _block(head, said, f'<p class="legend">{key}</p><div class="panels">{panels}</div>', "")
+
+
+_GREY = "#9ca3af80"
+
+
+def _picks_png(record: PickRecord, layer: int) -> str:
+    """A pixel a page and step; where no page is yet, nothing."""
+    import numpy as np
+    from matplotlib.colors import to_rgba
+    from matplotlib.image import imsave
+
+    from deltakv.report.picks import picks_image
+
+    colours = np.array([to_rgba(name) for name in ("#00000000", _GREY, SINK, RECENT, ACCENT)])
+    file = io.BytesIO()
+    imsave(file, (colours[picks_image(record, layer)] * 255).astype(np.uint8), format="png")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def _sources(sources: Sequence[Entry]) -> str:
+    heads = ["file", "model", "where", "date", "commit", "versions"]
+    return _table(heads, ([str(source[name]) for name in heads] for source in sources))
+
+
+def _groups(entries: Sequence[Entry], *names: str) -> list[list[Entry]]:
+    groups: dict[tuple[Any, ...], list[Entry]] = {}
+    for entry in entries:
+        groups.setdefault(tuple(entry.get(name) for name in names), []).append(entry)
+    return list(groups.values())
+
+
+def _section(title: str, says: str, blocks: Iterable[str]) -> str:
+    inside = "".join(blocks)
+    return f'<h2>{escape(title)}</h2><p class="muted">{escape(says)}</p>{inside}' if inside else ""
+
+
+def _block(head: str, says: str, drawn: str, table: str) -> str:
+    said = f"<p>{escape(says)}</p>" if says else ""
+    return f'<article><h3>{escape(head)}</h3>{said}<div class="charts">{drawn}</div>{table}</article>'
+
+
+def _folded(table: str) -> str:
+    return f"<details><summary>Numbers</summary>{table}</details>"
+
+
+def _span(value: float, interval: Sequence[float], form: str) -> str:
+    return f"{form.format(value)} ({' to '.join(form.format(end) for end in interval)})"
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    top = "".join(f"<th>{escape(head)}</th>" for head in heads)
+    body = "".join(
+        "<tr>"
+        + "".join(f'<td data-head="{escape(head)}">{escape(cell)}</td>' for head, cell in zip(heads, row, strict=True))
+        + "</tr>"
+        for row in rows
+    )
+    return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
