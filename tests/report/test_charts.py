@@ -99,7 +99,7 @@ def test_a_line_a_series() -> None:
 
 def test_series_are_told_apart() -> None:
     looks = set()
-    for number in range(7 * len(SHAPES)):
+    for number in range(1, 1 + 7 * len(SHAPES)):
         (shape,) = [s for s in drawn([Point(1, 1, "s")], Axis("x"), Axis("y"), {"s": number}).iter()
                     if s.attrib.get("class", "").startswith("mark")]  # fmt: skip
         x, y = centre(shape)

@@ -68,8 +68,9 @@ def chart(
     lines: bool = False,
     frontier: str | None = None,
 ) -> str:
-    """An `<svg>`. style: a number for each series, its colour and shape. lines: join the points of a series.
+    """An `<svg>`. style: a number for each series, its colour (grey: 0 and less) and shape.
 
+    lines: join the points of a series.
     frontier: "up" or "down" joins the points that none to their left beats, more or less being better.
     """
     across = _scale([point.x for point in points], x, _LEFT, WIDTH - _RIGHT)
@@ -183,8 +184,8 @@ class _Labels:
 
 
 def _colour(number: int) -> str:
-    """The first series has a colour that no other has."""
-    return f"c{1 + (number - 1) % (COLOURS - 1) if number else 0}"
+    """Numbers of 0 and less share a colour that no other series has."""
+    return f"c{1 + (number - 1) % (COLOURS - 1) if number > 0 else 0}"
 
 
 def _shape(number: int, x: float, y: float) -> str:

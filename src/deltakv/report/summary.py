@@ -39,15 +39,18 @@ def summary_page(found: Results, title: str) -> str:
 
 
 class _Style:
-    """One number a series all over the page: its colour and shape."""
+    """One number a series all over the page: its colour and shape. What attends to everything is grey: 0 and below."""
 
     def __init__(self, found: Results) -> None:
         methods = [r["method"] for run in found.answers for r in run["results"]]
         methods += [entry["method"] for entry in [*found.fidelity, *found.steps]]
-        series = dict.fromkeys(map(series_of, methods))
-        first = [name for name in ("full", "delta") if name in series]
-        names = [*(first or ["full"]), *(name for name in series if name not in first)]
-        self.numbers = {name: number for number, name in enumerate(names)}
+        series = sorted(dict.fromkeys(map(series_of, methods)), key=lambda name: name.split()[0] != "delta")
+        self.numbers = {name: -number for number, name in enumerate(DENSE)}
+        for name in series:
+            self._number(name)
+
+    def _number(self, name: str) -> int:
+        return self.numbers.setdefault(name, 1 + len(self.numbers) - len(DENSE))
 
     def answers(self, run: Entry) -> str:
         results = run["results"]
@@ -103,7 +106,7 @@ class _Style:
         points = []
         for entry in group:
             name = series_of(entry["method"]) if alone else entry["method"]
-            self.numbers.setdefault(name, len(self.numbers))
+            self._number(name)
             says = f"{entry['method']}: {entry['step_ms']:.2f} ms"
             points.append(Point(entry["context"] / 1e3, entry["step_ms"], name, says=says))
         x, y = Axis("tokens of context, thousands", _form(points), zero=True), Axis("ms a step", "{:,.3g}", zero=True)
@@ -218,7 +221,7 @@ def _answers_table(results: Sequence[Entry]) -> str:
 
     base = next((result["versus"]["method"] for result in results if result["versus"]), "full")
     heads = ["method", "perplexity" if texts else "accuracy", f"to {base}", "attended", "fewer"]
-    heads += [] if texts else ["better/worse", "p (McNemar)", "new tokens", "cut off"]
+    heads += [] if texts else ["better/worse", "p", "new tokens", "cut off"]
     return _table([*heads, "seconds"], map(row, results))
 
 
