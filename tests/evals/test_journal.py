@@ -85,3 +85,22 @@ def test_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(KeyboardInterrupt):
         write_whole(path, "new")
     assert path.read_text(encoding="utf-8") == "old"
+
+
+def test_on_the_disk_before_the_next_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill cannot show this, a power cut would: every line is synced, and at the first one its folder too."""
+    import os
+
+    path = tmp_path / "full.jsonl"
+    synced = []
+
+    def sync(handle: int) -> None:
+        synced.append("folder" if os.path.isdir(f"/proc/self/fd/{handle}") else path.stat().st_size)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    journal = Journal(path, HEADER)
+    sizes = [path.stat().st_size]
+    for batch in BATCHES:
+        journal.add(batch)
+        sizes.append(path.stat().st_size)
+    assert synced == [sizes[0], "folder", *sizes[1:]]

@@ -15,8 +15,16 @@ from deltakv.report.charts import Axis, Point, chart, mark
 from deltakv.report.page import fill
 from deltakv.report.plots import ACCENT, KL_FLOOR, RECENT, SINK
 from deltakv.report.results import Entry, Results
-
-DENSE = ("full", "stock", "stock-static")
+from deltakv.report.wording import (
+    DENSE,
+    answers_headline,
+    answers_table,
+    fidelity_headline,
+    fidelity_table,
+    steps_headline,
+    steps_table,
+    table,
+)
 
 
 def summary_page(found: Results, title: str) -> str:
@@ -56,7 +64,7 @@ class _Style:
         results = run["results"]
         head = f"{run['model']} on {run['task']}, {results[0]['questions']} questions"
         if "perplexity" in results[0]:
-            return _block(head, _answers_headline(results), "", _answers_table(results))
+            return _block(head, answers_headline(results), "", answers_table(results))
         points = []
         for result in results:
             method, (low, high) = result["method"], result["interval"]
@@ -64,7 +72,7 @@ class _Style:
             points.append(Point(attended, right, series_of(method), label_of(method), low * 100, high * 100, method))
         x, y = Axis("attended tokens a step, thousands", _form(points), zero=True), Axis("accuracy, %", zero=True)
         drawn = self._figure(chart(points, x, y, self.numbers, frontier="up"), points)
-        return _block(head, _answers_headline(results), drawn, _answers_table(results))
+        return _block(head, answers_headline(results), drawn, answers_table(results))
 
     def fidelity(self, group: Sequence[Entry]) -> str:
         one = group[0]
@@ -83,7 +91,7 @@ class _Style:
             )
             drawn = self._figure(chart(points, x, y, self.numbers, frontier="down"), points)
             drawn += self._by_budget(sparse)
-        return _block(head, _fidelity_headline(group), drawn, _folded(_fidelity_table(group)))
+        return _block(head, fidelity_headline(group), drawn, _folded(fidelity_table(group)))
 
     def _by_budget(self, sparse: Sequence[Entry]) -> str:
         """KL over budget, if a series has two budgets at least."""
@@ -112,7 +120,7 @@ class _Style:
         x, y = Axis("tokens of context, thousands", _form(points), zero=True), Axis("ms a step", "{:,.3g}", zero=True)
         drawn = self._figure(chart(points, x, y, self.numbers, lines=True), points)
         head = f"{one['model']}, batch {one['batch']}, {one['where']}"
-        return _block(head, _steps_headline(group), drawn, _folded(_steps_table(group)))
+        return _block(head, steps_headline(group), drawn, _folded(steps_table(group)))
 
     def _figure(self, drawn: str, points: Sequence[Point]) -> str:
         named = dict.fromkeys(point.series for point in points)
@@ -152,93 +160,6 @@ def label_of(method: str) -> str:
 
 def _form(points: Sequence[Point]) -> str:
     return "{:,.0f}" if max(point.x for point in points) >= 5 else "{:,.1f}"
-
-
-def _is_dense(entry: Entry) -> bool:
-    return str(entry["method"]).split(":")[0] in DENSE
-
-
-def _answers_headline(results: Sequence[Entry]) -> str:
-    sparse = [result for result in results if not _is_dense(result) and result["versus"]]
-    if not sparse:
-        return ""
-    if "perplexity" in results[0]:
-        best = min(sparse, key=lambda result: result["perplexity"])
-        said = f"{best['versus']['ratio']:.3f} times {best['versus']['method']}'s perplexity"
-    else:
-        best = max(sparse, key=lambda result: (result["accuracy"], -(result["attended_tokens"] or 0)))
-        low, high = best["versus"]["interval"]
-        said = f"{best['versus']['difference']:+.1%} against {best['versus']['method']} ({low:+.1%} to {high:+.1%})"
-    fewer = (
-        f", attending to {best['full_tokens'] / best['attended_tokens']:.2f}x fewer tokens"
-        if best["full_tokens"]
-        else ""
-    )
-    return f"{best['method']}: {said}{fewer}"
-
-
-def _fidelity_headline(group: Sequence[Entry]) -> str:
-    sparse = [entry for entry in group if not _is_dense(entry) and entry["kl_mean"] > KL_FLOOR]
-    if not sparse:
-        return ""
-    best = min(sparse, key=lambda entry: entry["kl_mean"])
-    return f"Nearest to full attention: {best['method']}, mean KL {best['kl_mean']:.3g} nats"
-
-
-def _steps_headline(group: Sequence[Entry]) -> str:
-    longest = max(entry["context"] for entry in group)
-    here = [entry for entry in group if entry["context"] == longest]
-    dense, sparse = ([e for e in here if _is_dense(e) == kind] for kind in (True, False))
-    if not dense or not sparse:
-        return ""
-    fastest, best = min(sparse, key=lambda e: e["step_ms"]), min(dense, key=lambda e: e["step_ms"])
-    ratio = best["step_ms"] / fastest["step_ms"]
-    against = f"{best['method']}, the best full attention"
-    return f"{fastest['method']} steps {ratio:.2f}x as fast as {against}, at {longest:,} tokens"
-
-
-def _answers_table(results: Sequence[Entry]) -> str:
-    texts = "perplexity" in results[0]
-
-    def row(result: Entry) -> list[str]:
-        versus, attended = result["versus"], result["attended_tokens"]
-        form = "{:.3f}" if texts else "{:.1%}"
-        cells = [result["method"], _span(result["perplexity" if texts else "accuracy"], result["interval"], form)]
-        if versus:
-            value, form = (versus["ratio"], "{:.4f}") if texts else (versus["difference"], "{:+.1%}")
-            cells.append(_span(value, versus["interval"], form))
-        else:
-            cells.append("")
-        cells += [
-            f"{attended:,.0f}" if attended else "",
-            f"{result['full_tokens'] / attended:.2f}x" if attended else "",
-        ]
-        if not texts:
-            p = versus["p"] if versus else None
-            cells += [f"{versus['better']}/{versus['worse']}" if versus else "", "" if p is None else f"{p:.3f}"]
-            cells += [f"{result['new_tokens']:,.0f}", str(result["truncated"])]
-        return [*cells, f"{result['seconds']:,.0f}"]
-
-    base = next((result["versus"]["method"] for result in results if result["versus"]), "full")
-    heads = ["method", "perplexity" if texts else "accuracy", f"to {base}", "attended", "fewer"]
-    heads += [] if texts else ["better/worse", "p", "new tokens", "cut off"]
-    return _table([*heads, "seconds"], map(row, results))
-
-
-def _fidelity_table(group: Sequence[Entry]) -> str:
-    def row(entry: Entry) -> list[str]:
-        cells = [entry["method"], f"{entry['attended_tokens']:,.0f}", f"{entry['kl_mean']:.4f}"]
-        for name, form in (("kl_p99", "{:.3f}"), ("top1", "{:.1%}"), ("perplexity", "{:.2f}")):
-            cells.append(form.format(entry[name]) if entry.get(name) is not None else "")
-        return cells
-
-    return _table(["method", "attended", "mean KL", "p99 KL", "top-1", "perplexity"], map(row, group))
-
-
-def _steps_table(group: Sequence[Entry]) -> str:
-    ordered = sorted(group, key=lambda entry: (entry["context"], entry["step_ms"]))
-    rows = ([entry["method"], f"{entry['context']:,}", f"{entry['step_ms']:.3f}"] for entry in ordered)
-    return _table(["method", "context", "ms a step"], rows)
 
 
 def _picks(label: str, record: PickRecord) -> str:
@@ -281,7 +202,7 @@ def _picks_png(record: PickRecord, layer: int) -> str:
 
 def _sources(sources: Sequence[Entry]) -> str:
     heads = ["file", "model", "where", "date", "commit", "versions"]
-    return _table(heads, ([str(source[name]) for name in heads] for source in sources))
+    return table(heads, ([str(source[name]) for name in heads] for source in sources))
 
 
 def _groups(entries: Sequence[Entry], *names: str) -> list[list[Entry]]:
@@ -303,18 +224,3 @@ def _block(head: str, says: str, drawn: str, table: str) -> str:
 
 def _folded(table: str) -> str:
     return f"<details><summary>Numbers</summary>{table}</details>"
-
-
-def _span(value: float, interval: Sequence[float], form: str) -> str:
-    return f"{form.format(value)} ({' to '.join(form.format(end) for end in interval)})"
-
-
-def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    top = "".join(f"<th>{escape(head)}</th>" for head in heads)
-    body = "".join(
-        "<tr>"
-        + "".join(f'<td data-head="{escape(head)}">{escape(cell)}</td>' for head, cell in zip(heads, row, strict=True))
-        + "</tr>"
-        for row in rows
-    )
-    return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
