@@ -9,9 +9,11 @@ import typer
 from deltakv.cli.bench import bench
 from deltakv.cli.calibrate import calibrate
 from deltakv.cli.compare import compare
+from deltakv.cli.eval import evaluate
 from deltakv.cli.generate import generate
 from deltakv.cli.inspect import inspect
 from deltakv.cli.plan import plan
+from deltakv.cli.report import report
 from deltakv.cli.serve import serve
 from deltakv.version import __version__
 
@@ -24,6 +26,8 @@ app = typer.Typer(
 )
 for _command in (generate, compare, calibrate, inspect, plan):
     app.command(no_args_is_help=False)(_command)
+app.command("eval")(evaluate)
+app.command()(report)
 app.add_typer(bench, name="bench", help="Times decode steps, ops and whole answers, with random weights at any size.")
 # What it does not know is vLLM's.
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve)

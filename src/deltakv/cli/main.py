@@ -11,7 +11,10 @@ from typing import NoReturn
 
 from deltakv.errors import DeltaKVError
 
-_EXTRAS = {"typer": "cli", "rich": "cli", "matplotlib": "plot", "gguf": "gguf", "accelerate": "gguf", "vllm": "vllm"}
+_EXTRAS = {
+    "typer": "cli", "rich": "cli", "matplotlib": "plot", "gguf": "gguf", "accelerate": "gguf", "vllm": "vllm",
+    "lm_eval": "eval", "math_verify": "eval", "datasets": "eval",
+}  # fmt: skip
 
 
 def main(args: Sequence[str] | None = None) -> NoReturn:

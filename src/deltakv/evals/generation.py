@@ -126,15 +126,7 @@ def generate_batch(
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=model.device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
-    ends = _end_tokens(model, tokenizer)
-    options: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    if sampling.temperature > 0:
-        options = {
-            "do_sample": True,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": 0,
-        }
+    ends = end_tokens(model, tokenizer)
     clock = _Clock(_Writer(tokenizer, stream) if stream is not None and len(prompts) == 1 else None)
     torch.manual_seed(sampling.seed)
     with deltakv.apply(model, method) as handle:
@@ -147,7 +139,7 @@ def generate_batch(
             eos_token_id=ends or None,
             streamer=clock,
             return_dict_in_generate=True,
-            **options,
+            **sampling_options(sampling),
         )
         kv_bytes = handle.cache.kv_bytes if handle.cache is not None else 0
         stats = handle.stats
@@ -168,7 +160,14 @@ def generate_batch(
     )
 
 
-def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
+def sampling_options(sampling: Sampling) -> dict[str, Any]:
+    """The same for `generate`."""
+    if sampling.temperature > 0:
+        return {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+    return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+
+
+def end_tokens(model: Any, tokenizer: Any) -> list[int]:
     """Where an answer ends: what the model's generation config says, and the tokenizer's own end of turn."""
     told = model.generation_config.eos_token_id
     ends = {*(told if isinstance(told, list) else [told]), tokenizer.eos_token_id}

@@ -1,9 +1,11 @@
-"""The picture of what a method picks, as one HTML file that needs nothing else."""
+"""Pages that need nothing else: templates filled, and the page of what a method picks."""
 
 from __future__ import annotations
 
 import html
 import json
+import re
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,14 +37,21 @@ def picks_page(record: PickRecord, model: str, path: Path) -> None:
         "CONTEXT": f"{record.context:,}",
         "PAGE_SIZE": str(record.page_size),
     }
-    text = resources.files("deltakv.report").joinpath("picks.html").read_text(encoding="utf-8")
-    for name, value in filled.items():
-        text = text.replace(f"{{{{{name}}}}}", html.escape(value))
-    text = text.replace("{{RECALL}}", _recall_bars(record.recall))
-    text = text.replace("{{MOST_PICKED}}", "".join(_most_picked(record, layer) for layer in record.picks))
-    # "</" inside a string would end the script element.
-    text = text.replace("{{DATA}}", json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("</", "<\\/"))
-    path.write_text(text, encoding="utf-8")
+    made = {
+        "RECALL": _recall_bars(record.recall),
+        "MOST_PICKED": "".join(_most_picked(record, layer) for layer in record.picks),
+        # "</" inside a string would end the script element.
+        "DATA": json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("</", "<\\/"),
+    }
+    path.write_text(fill("picks.html", filled, made), encoding="utf-8")
+
+
+def fill(template: str, texts: Mapping[str, str], made: Mapping[str, str]) -> str:
+    """A template of this room with its {{NAMES}} filled in. texts: are escaped. made: HTML already."""
+    values = {name: html.escape(text) for name, text in texts.items()} | dict(made)
+    blank = resources.files("deltakv.report").joinpath(template).read_text(encoding="utf-8")
+    # All in one pass: what is filled in may hold what looks like a name.
+    return re.sub(r"\{\{([A-Z_]+)\}\}", lambda found: values[found.group(1)], blank)
 
 
 def _recall_bars(recall: dict[int, float]) -> str:

@@ -1,0 +1,110 @@
+"""Result files of the other commands, read back: what each of them says about fidelity, answers, step times, picks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from deltakv.errors import InputError
+from deltakv.evals.picks import PickRecord
+
+Entry = dict[str, Any]
+
+
+@dataclass
+class Results:
+    """Entries by what they are about; each knows its model and where it was measured (`where`).
+
+    answers: one `eval` each. fidelity: of `compare` and `calibrate`, with `attended_tokens` and `kl_mean`. steps: of
+    `bench` and `compare`, with `step_ms`. picks: of `inspect`. sources: name, model, machine, date and commit of files.
+    """
+
+    answers: list[Entry] = field(default_factory=list)
+    fidelity: list[Entry] = field(default_factory=list)
+    steps: list[Entry] = field(default_factory=list)
+    picks: list[tuple[str, PickRecord]] = field(default_factory=list)
+    sources: list[Entry] = field(default_factory=list)
+
+
+def read_results(paths: Sequence[Path]) -> Results:
+    """Raises `InputError` for a file that cannot be read, or holds nothing that a page could show."""
+    found = Results()
+    for path in paths:
+        data = _load(path)
+        before = _size(found)
+        try:
+            _sort_in(data, found)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(f"{path} looks like a result file, but is not whole ({error!r})") from None
+        if _size(found) == before:
+            raise InputError(f"{path} holds no results of compare, bench, eval, inspect or calibrate that can be drawn")
+        found.sources.append({"file": path.name, "model": data.get("model", ""), "where": _where(data)} | _origin(data))
+    return found
+
+
+def _load(path: Path) -> Entry:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"the file {path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        raise InputError(f"the file {path} is not JSON") from None
+    if not isinstance(data, dict):
+        raise InputError(f"the file {path} is no result file: it does not hold an object")
+    return data
+
+
+def _sort_in(data: Entry, found: Results) -> None:
+    about = {"model": str(data.get("model", "")), "where": _where(data)}
+    if data.get("kind") == "eval":
+        for result in data["results"]:
+            _ = result["method"], result["attended_tokens"], result["versus"], result["interval"]
+        found.answers.append(data | about)
+    elif "picks" in data:
+        names = [name for name in PickRecord.__dataclass_fields__ if name not in ("picks", "recall")]
+        by_layer = {int(layer): pages for layer, pages in data["picks"].items()}
+        recall = {int(layer): share for layer, share in data["recall_by_layer"].items()}
+        record = PickRecord(**{name: data[name] for name in names}, picks=by_layer, recall=recall)
+        found.picks.append((f"{about['model']} on {data.get('text', '')}", record))
+    else:
+        for result in [*data.get("results", []), *data.get("curve", [])]:
+            entry = {**about, "text": data.get("text", ""), **result}
+            if entry.get("kl_mean") is not None and entry.get("attended_tokens"):
+                found.fidelity.append({"method": entry.get("plan", ""), **entry})
+            if milliseconds := _step_ms(entry):
+                found.steps.append({**entry, "step_ms": milliseconds})
+
+
+def _step_ms(entry: Entry) -> float | None:
+    if "context" not in entry or "method" not in entry:
+        return None
+    if entry.get("median_ms"):
+        return float(entry["median_ms"])
+    speed = entry.get("decode_tokens_per_s")
+    return 1e3 * entry["batch"] / speed if speed else None
+
+
+def _where(data: Entry) -> str:
+    device = str(data.get("device", "cpu"))
+    if device in ("cpu", "CPU"):
+        machine = data.get("machine") or {}
+        device = f"{machine.get('cores', '?')} cores of {machine.get('cpu', 'a CPU')}"
+    return ", ".join(filter(None, [device, str(data.get("dtype", ""))]))
+
+
+def _origin(data: Entry) -> Entry:
+    versions = data.get("versions") or {}
+    return {
+        "date": str(data.get("date", ""))[:10],
+        "commit": str(data.get("commit") or "")[:9]
+        + ("+changes" if str(data.get("commit")).endswith("+changes") else ""),
+        "versions": ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers") if versions.get(name)),
+        "command": str(data.get("command", "")),
+    }
+
+
+def _size(found: Results) -> int:
+    return len(found.answers) + len(found.fidelity) + len(found.steps) + len(found.picks)

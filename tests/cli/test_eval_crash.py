@@ -1,0 +1,48 @@
+"""`eval` killed ten times at random moments ends as an undisturbed run does."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from eval_data import H2O, SPARSE, write_questions
+
+KILLS = 10
+
+
+def lasting(folder: Path) -> dict[str, Any]:
+    """What a run leaves behind, but for when and how fast."""
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    for entry in results["results"]:
+        for name in ("seconds", "made", "kv_bytes"):
+            entry.pop(name)
+    journals = {}
+    for path in sorted((folder / "answers").glob("*.jsonl")):
+        batches = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[1:]]
+        for batch in batches:
+            batch.pop("seconds")
+        assert len({batch["batch"] for batch in batches}) == len(batches), "nothing is answered twice"
+        journals[path.name] = sorted(batches, key=lambda batch: batch["batch"])
+    told = {name: results[name] for name in ("task", "settings", "fingerprint", "results")}
+    return {"results": told, "journals": journals, "questions": (folder / "questions.jsonl").read_bytes()}
+
+
+def test_killed_ten_times(model_folder: str, tmp_path: Path) -> None:
+    data = write_questions(tmp_path / "data.jsonl", 16)
+    words = ["eval", "--task", "gsm8k", "--data", data, "--model", model_folder, "-n", "16", "--batch", "2"]
+    words += ["--temperature", "0.8", "--shots", "5", "--no-chat", "--threads", "1"]
+    words += ["--method", "full", "--method", SPARSE, "--method", H2O]
+    driver = Path(__file__).with_name("crash_driver.py")
+    seed = int.from_bytes(os.urandom(4), "big")
+    command = [sys.executable, str(driver), str(KILLS), str(seed), str(tmp_path), *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told["killed"] >= KILLS - 1, (seed, told)  # a busy machine may let one come through before its time
+    assert len({*told["sizes"]}) > 2, (seed, told)
+    print(told)
+    assert lasting(tmp_path / "cut") == lasting(tmp_path / "whole"), (seed, told)
