@@ -1,5 +1,5 @@
 """Runs a command over and over in processes that are killed at random moments: `python crash_driver.py KILLS SEED OUT
-WORDS...`, where WORDS are the command line but for its --out.
+WORDS...`, where WORDS are the command line, with {} for where a life writes.
 
 Everything is imported once and forked, so that a life begins at once; each is a process of its own all the same.
 Prints as JSON how many lives ended by SIGKILL, and how far each had come.
@@ -47,34 +47,53 @@ def life(words: list[str]) -> int:
         os._exit(code)
 
 
-def finish(words: list[str]) -> float:
-    start = time.perf_counter()
+def finish(words: list[str]) -> None:
     _, status = os.waitpid(life(words), 0)
     assert status == 0, f"the command failed: {status}"
-    return time.perf_counter() - start
 
 
-def written(out: Path) -> int:
-    return sum(path.stat().st_size for path in out.rglob("*.jsonl"))
+def written(out: Path) -> list[tuple[str, int, int]]:
+    """What stands in a folder: each file's name, size and time."""
+    found = []
+    for path in sorted(out.rglob("*")):
+        with contextlib.suppress(FileNotFoundError):  # it was replaced in between
+            stat = path.stat()
+            found.append((path.name, stat.st_size, stat.st_mtime_ns))
+    return found
+
+
+def wait_for_changes(out: Path, child: int, count: int) -> None:
+    """Until so many changes have been seen in a folder, or the child has ended."""
+    before = written(out)
+    while count:
+        if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+            return
+        now = written(out)
+        count -= now != before
+        before = now
+        time.sleep(0.001)
 
 
 def run(kills: int, seed: int, out: Path, words: list[str]) -> dict[str, object]:
-    whole, cut = out / "whole", out / "cut"
-    assert call([*words, "--out", str(out / "first")]) == 0  # what is imported late is imported now
-    seconds = finish([*words, "--out", str(whole)])
-    again = finish([*words, "--out", str(whole)])  # with nothing left to answer: what each life needs to begin
+    def into(folder: str) -> list[str]:
+        (out / folder).mkdir(exist_ok=True)
+        return [word.replace("{}", str(out / folder)) for word in words]
+
+    assert call(into("first")) == 0  # what is imported late is imported now
+    finish(into("whole"))
     rng = random.Random(seed)
     killed, sizes = 0, []
     for _ in range(kills):
-        child = life([*words, "--out", str(cut)])
-        time.sleep(rng.uniform(0, again + 1.6 * (seconds - again) / kills))
+        child = life(into("cut"))
+        wait_for_changes(out / "cut", child, rng.choice((0, 1, 1, 2)))
+        time.sleep(rng.uniform(0, 0.03))
         with contextlib.suppress(ProcessLookupError):
             os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         killed += os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
-        sizes.append(written(cut))
-    finish([*words, "--out", str(cut)])
-    return {"killed": killed, "sizes": sizes, "seconds": seconds, "again": again}
+        sizes.append(sum(size for _, size, _ in written(out / "cut")))
+    finish(into("cut"))
+    return {"killed": killed, "sizes": sizes}
 
 
 if __name__ == "__main__":

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import random
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from command_line import Run, refused
+from crashes import killed
 
 import deltakv
 from deltakv.errors import PlanError
@@ -104,35 +99,12 @@ def test_what_is_too_short_or_of_another_run(run: Run, model_folder: str, tmp_pa
     refused(run(*words), "another model, text or options", str(state))
 
 
-def test_killed_ten_times_it_ends_as_if_it_never_was(run: Run, model_folder: str, tmp_path: Path) -> None:
-    undisturbed = calibrated(run, model_folder, tmp_path / "one.json")
-    out, state = tmp_path / "two.json", tmp_path / "two.json.state"
-    command = [sys.executable, "-m", "deltakv", "calibrate", "--model", model_folder, "--out", str(out), *SMALL]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    chooser, kills = random.Random(0), 0
-    while kills < 10:
-        before = _losses(state)
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        wanted = len(before) + chooser.randint(1, 3)
-        while process.poll() is None and len(_losses(state)) < wanted:
-            time.sleep(0.002)
-        assert process.poll() is None, "it ended before it could be killed: make the search longer"
-        time.sleep(chooser.random() * 0.02)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        kills += 1
-        after = _losses(state)
-        assert before.items() <= after.items() and len(after) > len(before)
-    data = calibrated(run, model_folder, out)
-    for same in ("plan", "method", "made_for", "confirmed", "against_the_paper_s_plan"):
-        assert data[same] == undisturbed[same], same
-    assert data["tried"].keys() == undisturbed["tried"].keys()
-    assert data["tried"] == pytest.approx(undisturbed["tried"], rel=1e-6)
-
-
-def _losses(state: Path) -> dict[str, float]:
-    try:
-        losses: dict[str, float] = json.loads(state.read_text(encoding="utf-8"))["losses"]
-    except FileNotFoundError:
-        return {}
-    return losses
+def test_killed_ten_times_it_ends_as_if_it_never_was(model_folder: str, tmp_path: Path) -> None:
+    words = ["calibrate", "--model", model_folder, "--out", "{}/plan.json", *SMALL, "--threads", "1"]
+    told = killed(tmp_path, words)
+    whole, cut = (json.loads((tmp_path / name / "plan.json").read_text(encoding="utf-8")) for name in ("whole", "cut"))
+    for same in ("plan", "method", "made_for", "texts", "confirmed", "against_the_paper_s_plan"):
+        assert cut[same] == whole[same], (same, told)
+    assert cut["tried"].keys() == whole["tried"].keys(), told
+    assert cut["tried"] == pytest.approx(whole["tried"], rel=1e-6), told
+    assert not list((tmp_path / "cut").glob("*.state*")), told
