@@ -202,7 +202,8 @@ def _picks_png(record: PickRecord, layer: int) -> str:
 
 def _sources(sources: Sequence[Entry]) -> str:
     heads = ["file", "model", "where", "date", "commit", "versions"]
-    return table(heads, ([str(source[name]) for name in heads] for source in sources))
+    rows = ([str(source[name]) for name in heads] for source in sources)
+    return f'<div class="words">{table(heads, rows)}</div>'
 
 
 def _groups(entries: Sequence[Entry], *names: str) -> list[list[Entry]]:
