@@ -13,6 +13,8 @@ from torch.utils._device import _device_constructors
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: its own library is compiled on import
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # names that are no model are refused at once, not after retries
+
 #: Tiny tensors gain nothing from threads, and threads that wait for each other on a busy machine cost ten times the
 #: work. Tests that ask about threads set their own number.
 torch.set_num_threads(1)
