@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 import shutil
@@ -72,13 +73,32 @@ def test_sections_without_results_are_left_out(run: Run, files: list[str], tmp_p
     assert re.findall(r"<h2>(.*?)</h2>", page.read_text(encoding="utf-8")) == ["Picks", "Where the numbers are from"]
 
 
-def test_what_a_calibration_measured(run: Run, tmp_path: Path) -> None:
+def test_what_a_calibration_measured(run: Run, model_folder: str, tmp_path: Path) -> None:
     file, page = tmp_path / "plan.json", tmp_path / "report.html"
-    curve = [{"plan": f"delta:budget={b}", "attended_tokens": 100 * b, "kl_mean": 1 / b} for b in (64, 128)]
-    file.write_text(json.dumps({"model": "m<1>", "curve": curve}), encoding="utf-8")
+    words = (
+        "--context",
+        "300",
+        "--budget",
+        "64",
+        "--reading",
+        "2",
+        "--windows",
+        "1",
+        "--positions",
+        "16",
+        "--quick",
+        "4",
+    )
+    small = (*words, "--confirm-positions", "32")
+    assert run("calibrate", "--model", model_folder, "--out", str(file), *small).code == 0
+    data = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps({**data, "model": "m<1>"}), encoding="utf-8")
     assert run("report", str(file), "--out", str(page)).code == 0
     text = page.read_text(encoding="utf-8")
-    assert "m&lt;1&gt;" in text and "<1>" not in text and text.count('role="img"') == 2
+    assert re.findall(r"<h2>(.*?)</h2>", text) == ["Fidelity", "Where the numbers are from"]
+    assert "m&lt;1&gt;" in text and "<1>" not in text and text.count('role="img"') >= 1
+    for entry in data["confirmed"]:
+        assert html.escape(entry["method"]) in text and f"{entry['attended_tokens']:,.0f}" in text
 
 
 def test_refusals(run: Run, files: list[str], tmp_path: Path) -> None:

@@ -70,16 +70,17 @@ def _sort_in(data: Entry, found: Results) -> None:
         record = PickRecord(**{name: data[name] for name in names}, picks=by_layer, recall=recall)
         found.picks.append((f"{about['model']} on {data.get('text', '')}", record))
     else:
-        for result in [*data.get("results", []), *data.get("curve", [])]:
-            entry = {**about, "text": data.get("text", ""), **result}
+        for result in [*data.get("results", []), *data.get("confirmed", [])]:
+            text = data.get("text") or ", ".join(data.get("texts", ()))
+            entry = {**about, "text": text, "context": data.get("context"), **result}
             if entry.get("kl_mean") is not None and entry.get("attended_tokens"):
-                found.fidelity.append({"method": entry.get("plan", ""), **entry})
+                found.fidelity.append(entry)
             if milliseconds := _step_ms(entry):
                 found.steps.append({**entry, "step_ms": milliseconds})
 
 
 def _step_ms(entry: Entry) -> float | None:
-    if "context" not in entry or "method" not in entry:
+    if not entry["context"]:
         return None
     if entry.get("median_ms"):
         return float(entry["median_ms"])
