@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from deltakv.config import Delta
 from deltakv.errors import InputError
+from deltakv.evals.journal import remove_whole, write_whole
 from deltakv.evals.plan_search import search_plan
 from deltakv.evals.windows import Window, interval, measure_windows
 from deltakv.plan import LayerPlan, paper
@@ -27,8 +27,7 @@ RECENT = (32, 64, 128, 256)
 class Tried:
     """Losses that were measured, by what they are of, kept in a file: a search that is started again finds them there.
 
-    header: what they depend on; a file of another run is refused. The file is replaced as a whole after each one, so
-    that a run killed at any moment leaves a whole file behind.
+    header: what they depend on; a file of another run is refused. The file is written anew, whole, after each one.
     """
 
     def __init__(self, path: Path, header: dict[str, Any]) -> None:
@@ -54,14 +53,12 @@ class Tried:
         """The loss of `key`, measured now if it never was."""
         if key not in self.losses:
             self.losses[key] = measure()
-            part = self._path.with_name(self._path.name + ".part")
-            part.write_text(json.dumps({"header": self._header, "losses": self.losses}), encoding="utf-8")
-            os.replace(part, self._path)
+            write_whole(self._path, json.dumps({"header": self._header, "losses": self.losses}))
         return self.losses[key]
 
     def forget(self) -> None:
         """The calibration is done and stands elsewhere."""
-        self._path.unlink(missing_ok=True)
+        remove_whole(self._path)
 
 
 @dataclass

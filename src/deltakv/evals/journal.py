@@ -117,13 +117,23 @@ def file_name(method: str) -> str:
 
 def write_whole(path: Path, text: str) -> None:
     """All of it or nothing: a reader, and a run after a crash, never see half a file."""
-    part = path.with_name(f".{path.name}.part")
+    part = _part(path)
     with part.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
     part.replace(path)
     _sync_folder(path.parent)
+
+
+def remove_whole(path: Path) -> None:
+    """What `write_whole` has written, and what it left where it was killed."""
+    for old in (path, _part(path)):
+        old.unlink(missing_ok=True)
+
+
+def _part(path: Path) -> Path:
+    return path.with_name(f".{path.name}.part")
 
 
 def _sync_folder(folder: Path) -> None:
