@@ -127,7 +127,7 @@ def test_help(run: Run) -> None:
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs a browser: apt-get install chromium")
-@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("width", [390, 1190, 1280])
 def test_in_a_browser_nothing_scrolls_sideways(run: Run, files: list[str], tmp_path: Path, width: int) -> None:
     page, frame = tmp_path / "report.html", tmp_path / "frame.html"
     assert run("report", *files, "--out", str(page)).code == 0

@@ -76,9 +76,9 @@ def test_accuracy_says_which_interval() -> None:
 
 
 def test_perplexity_weighs_texts_by_their_tokens() -> None:
-    losses, base, tokens = [20.0, 60.0], [18.0, 60.0], [10, 20]
+    losses, base, tokens = [60.0, 20.0], [58.0, 20.0], [10, 20]
     assert s.perplexity(losses, tokens)["perplexity"] == pytest.approx(np.exp(80 / 30))
     low, high = s.perplexity(losses, tokens)["interval"]
-    assert (low, high) == pytest.approx((np.exp(2), np.exp(3)))
+    assert (low, high) == pytest.approx((np.exp(1), np.exp(6)))
     said = s.paired_perplexity(losses, base, tokens)
     assert said["ratio"] == pytest.approx(np.exp(2 / 30)) and said["interval"] == pytest.approx([1, np.exp(0.2)])

@@ -63,7 +63,7 @@ def test_marks_stand_where_the_ticks_say(log: bool) -> None:
 
 
 def test_nothing_leaves_the_drawing() -> None:
-    crowd = [Point(n % 5, (n % 3) / 3, f"s{n}", str(10**n)) for n in range(9)]
+    crowd = [Point(n, 0.5 + (n == 8), f"s{n}", "100000") for n in range(9)]  # marks apart, labels wider than that
     svg = drawn(crowd, Axis("x"), Axis("y", "{:.2f}"), {f"s{n}": n for n in range(9)})
     for x, y in marks(svg):
         assert 0 < x < WIDTH and 0 < y < HEIGHT
