@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from command_line import Run, refused
 from eval_data import SPARSE, write_questions
 
@@ -38,7 +39,7 @@ def files(model_folder: str, tmp_path_factory: pytest.TempPathFactory) -> list[s
         ("eval", "--task", "perplexity", *model, "--context", "200", "--positions", "30", "--limit", "2", *methods,
          "--out", str(folder / "perplexity")),
     ):  # fmt: skip
-        with pytest.raises(SystemExit) as exit_:
+        with torch.enable_grad(), pytest.raises(SystemExit) as exit_:  # commands turn gradients off, and leave it so
             main(list(words))
         assert not exit_.value.code
     return [*out.values(), *(str(folder / name / "results.json") for name in ("gsm8k", "perplexity"))]
