@@ -54,11 +54,22 @@ def test_every_method_at_every_point_that_fits(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(module, "fits", lambda model, batch, tokens: batch * tokens < 500)
     methods = [("full", deltakv.Full()), ("delta", deltakv.Delta(budget=32, recent=16, sinks=16, min_context=0))]
     told: list[str] = []
-    entries = list(sweep(model, methods, [64, 32, 300], [1, 3, 64], Settings(2, 1, compiled=False), told.append))
+    out: list[str] = []
+    settings = Settings(2, 1, compiled=False)
+    entries = list(sweep(model, methods, [64, 32, 300], [1, 3, 64], settings, told.append, out.append))
     points = [(entry.name, len(entry.lengths), entry.lengths[0]) for entry in entries]
     batch_1 = [(name, 1, context) for name in ("full", "delta") for context in (32, 64, 300)]
     assert points == batch_1 + [(name, 3, context) for name in ("full", "delta") for context in (32, 64)]
     assert told == ["full, batch 1", "delta, batch 1", "full, batch 3", "delta, batch 3"]
+    assert out == ["300 tokens, batch 3", *(f"{context} tokens, batch 64" for context in (32, 64, 300))]
+
+
+def test_full_attention_is_dense_whatever_its_options() -> None:
+    results = [result("full:page_size=32", 1, c, float(c)) for c in (1, 2)] + [
+        result("delta", 1, c, 3.0) for c in (1, 2)
+    ]
+    full, delta = trends(results)
+    assert full["slope_ratio"] == pytest.approx(1.0) and delta["worst"] == pytest.approx(2.0)
 
 
 def test_medians_and_the_middle_half() -> None:

@@ -55,6 +55,16 @@ def test_finished_rows_are_not_waited_for(run: Run, model_folder: str, tmp_path:
     (entry,) = written(file, "step")["results"]
     assert (entry["batch"], entry["finished"], entry["tokens"]) == (3, 2, 100)
     refused(run("bench", "step", *words, "--finished", "3"), "--finished 3", "at most 2")
+    refused(run("bench", "step", *words, "--finished", "1", "--loop", "2"), "--loop", "without --finished")
+    refused(run("bench", "step", *words, "--spread", "inf"), "--spread inf")
+    assert run("bench", "step", *words, "--spread", "4", "--finished", "1", "--json", str(file)).code == 0
+    (entry,) = written(file, "step")["results"]
+    assert (entry["context"], entry["tokens"]) == (100, 100 + 63)  # the longest rows go on
+
+
+def test_short_answers_of_stock(run: Run, model_folder: str) -> None:
+    words = ("--model", model_folder, "--batch-size", "1", "--output-len", "3", "--method", "stock-static")
+    assert run("bench", "generate", *words).code == 0
 
 
 @pytest.mark.parametrize("command", ["step", "sweep"])

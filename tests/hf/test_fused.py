@@ -215,3 +215,37 @@ def test_one_graph(tiny_model: Any) -> None:
     source = "\n".join(code)
     products = source.count("extern_kernels.mm(") + source.count("extern_kernels.addmm(")
     assert products == 4 * model.config.num_hidden_layers + 1
+
+
+@pytest.mark.parametrize("how", ["replaced", "pointed elsewhere", "taken away"])
+def test_another_bias_is_refused(tiny_model: Any, how: str) -> None:
+    """Prompts would get the new one, and steps the old one."""
+    model = tiny_model("qwen2")
+    with deltakv.apply(model, SPARSE, fuse=True), pytest.raises(deltakv.UnsupportedUseError, match="biases"):
+        layer = model.model.layers[1].self_attn.k_proj
+        if how == "replaced":
+            layer.bias = nn.Parameter(layer.bias.detach().clone())
+        elif how == "pointed elsewhere":
+            layer.bias.data = layer.bias.data.clone()
+        else:
+            layer.bias = None
+        model(torch.ones((1, 4), dtype=torch.long))
+
+
+def test_tied_projections_are_left_alone(tiny_model: Any) -> None:
+    model = tiny_model("llama")
+    one, other = model.model.layers[0].self_attn, model.model.layers[1].self_attn
+    one.v_proj.weight = one.k_proj.weight
+    other.q_proj.weight = model.model.layers[2].self_attn.q_proj.weight
+    want, _ = decode(model, SPARSE, fuse=False)
+    got, _ = decode(model, SPARSE, fuse=True)
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=0)
+
+
+def test_weights_fused_in_inference_mode_can_be_trained(tiny_model: Any) -> None:
+    model = tiny_model("qwen2")
+    with torch.inference_mode():
+        handle = deltakv.apply(model, SPARSE, fuse=True)
+    with handle:
+        model(torch.ones((1, 4), dtype=torch.long), use_cache=False).logits.sum().backward()
+        assert model.model.layers[0].self_attn.q_proj.weight.grad.abs().sum() > 0

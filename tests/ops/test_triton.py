@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 import random
+from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from paged_inputs import LENGTHS, absolute, make_paged
@@ -102,6 +104,20 @@ def test_many_pages(width: int) -> None:
     pages, n_kept = select_pages(scores, lengths, 16, 64, 8, 1, 2048)
     for row, length in enumerate(lengths.tolist()):
         assert pages[row, : int(n_kept[row])].tolist() == oracle.pick(scores[row].tolist(), length, 16, 64, 8, 1, 2048)
+
+
+@pytest.mark.skipif(ON_GPU, reason="8 GB lie between the first token and the last; on the CPU they lie in no memory")
+def test_tokens_far_apart(tmp_path: Path) -> None:
+    """Any strides: tokens of a page whose offsets need 64 bits, in a file that is a hole but for them."""
+    batch = make_paged([60], head_dim=16, n_heads=2, n_kv=1, dtype=torch.float16)
+    n_pages, page_size, n_kv, dim = batch.k_cache.shape
+    apart = (1 << 32) // (page_size - 1)
+    shape = ((page_size - 1) * apart + n_pages * dim,)
+    hole = torch.from_numpy(numpy.memmap(tmp_path / "hole", numpy.float16, "w+", shape=shape))
+    far = hole.as_strided((n_pages, page_size, n_kv, dim), (dim, apart, dim, 1))
+    far.copy_(batch.k_cache)
+    q, near, _, *rest = batch.arguments
+    assert torch.equal(attention(q, far, far, *rest), attention(q, near, near, *rest))
 
 
 def test_a_row_depends_on_itself_alone() -> None:

@@ -54,7 +54,7 @@ def measure_generation(
             seconds = _stock(model, ids, output_len)
         else:
             with deltakv.apply(model, method) as handle:
-                for count in (8, output_len):
+                for count in (min(8, output_len), output_len):
                     cache = handle.new_cache(total, static=model.device.type == "cuda")
                     seconds = generate_seconds(model, ids, count, past_key_values=cache)
                     del cache
@@ -70,7 +70,7 @@ def _stock(model: Any, ids: torch.Tensor, output_len: int) -> float:
     from transformers import StaticCache
 
     cache = StaticCache(config=model.config, max_cache_len=ids.shape[1] + output_len)
-    for count in (8, output_len):
+    for count in (min(8, output_len), output_len):
         cache.reset()
         seconds = generate_seconds(model, ids, count, past_key_values=cache)
     return seconds

@@ -112,8 +112,9 @@ class Contender:
         token = torch.randint(model.config.vocab_size, (len(lengths), 1), device=model.device)
         finished = None
         if settings.finished:
-            finished = torch.arange(len(lengths), device=model.device) < settings.finished
-            lengths = [0] * settings.finished + list(lengths[settings.finished :])
+            going_on = len(lengths) - settings.finished
+            finished = torch.arange(len(lengths), device=model.device) >= going_on
+            lengths = [*lengths[:going_on], *[0] * settings.finished]
         kernels = []
         with torch.no_grad():
             times = timed(lambda: self.step(token, finished), model.device, settings.runs, settings.warmup)
@@ -131,11 +132,13 @@ class Contender:
 
     def _loop(self, lengths: Sequence[int], settings: Settings) -> float:
         """Milliseconds from step to step of a `generate`, once it is under way: the median."""
-        self._refill([max(lengths)] * len(lengths))
-        ids = torch.randint(3, self.model.config.vocab_size, (len(lengths), max(lengths) + 1))
+        self._refill(lengths)
+        width = max(lengths)
+        ids = torch.randint(3, self.model.config.vocab_size, (len(lengths), width + 1))
+        mask = (torch.arange(width + 1) >= width - torch.tensor(lengths)[:, None]).to(self.model.device, torch.long)
         watch = _Watch()
-        count = _LOOP_WARMUP + settings.loop
-        generate_seconds(self.model, ids, count, past_key_values=self.cache, stopping_criteria=[watch])
+        options = {"past_key_values": self.cache, "attention_mask": mask, "stopping_criteria": [watch]}
+        generate_seconds(self.model, ids, _LOOP_WARMUP + settings.loop, **options)
         return 1e3 * statistics.median(b - a for a, b in pairwise(watch.times[-settings.loop - 1 :]))
 
 

@@ -30,10 +30,13 @@ def sweep(
 ) -> Iterator[Entry]:
     """Every method at every batch and context that fits the device. Each method is compiled once a batch.
 
-    advance: told what is begun. leave_out: told of a method and batch that ran out of memory all the same.
+    advance: told what is begun. leave_out: told of contexts that do not fit, and of a method and batch that ran out of
+    memory all the same.
     """
     for batch in batches:
         fitting = [context for context in contexts if fits(model, batch, context + settings.room)]
+        for context in sorted(set(contexts) - set(fitting)):
+            leave_out(f"{context:,} tokens, batch {batch}")
         if not fitting:
             continue
         for name, method in methods:
@@ -70,10 +73,12 @@ def trends(results: Sequence[dict[str, Any]], dense: Sequence[str] = DENSE) -> l
         times = _times([result for result in results if result["batch"] == batch])
         best: dict[int, float] = {}
         for method, points in times.items():
-            if method in dense:
+            if _is_dense(method, dense):
                 best |= {context: min(best.get(context, ms), ms) for context, ms in points.items()}
         slopes = {method: _slope(points) for method, points in times.items()}
-        flat = min((slope for method, slope in slopes.items() if method in dense and slope is not None), default=None)
+        flat = min(
+            (slope for method, slope in slopes.items() if _is_dense(method, dense) and slope is not None), default=None
+        )
         for method, points in times.items():
             slope, both = slopes[method], sorted(points.keys() & best.keys())
             slower = [context for context in both if points[context] > best[context]]
@@ -88,6 +93,11 @@ def trends(results: Sequence[dict[str, Any]], dense: Sequence[str] = DENSE) -> l
                 }
             )
     return found
+
+
+def _is_dense(method: str, dense: Sequence[str]) -> bool:
+    """Whatever its options are."""
+    return method.split(":")[0] in dense
 
 
 def _times(results: Sequence[dict[str, Any]]) -> dict[str, dict[int, float]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -70,6 +71,10 @@ def step(
     """
     if finished >= batch_size:
         raise InputError(f"--finished {finished} leaves no row of {batch_size} to time; give at most {batch_size - 1}")
+    if finished and loop:
+        raise InputError("--loop times a `generate` whose rows all go on; give it without --finished")
+    if not math.isfinite(spread):
+        raise InputError(f"--spread {spread} is not a number of times; give one from 1 on")
     job = Job(model, method or METHODS, device, dtype, output_json, plot)
     import torch
 

@@ -11,6 +11,7 @@ compiled step, the residual's sum, adds three numbers for two.
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from functools import partial
 from itertools import pairwise
 
@@ -62,15 +63,13 @@ class Fused:
         return held[1][index]
 
     def check(self) -> None:
-        """Raises `UnsupportedUseError` if the layers have got other weights since."""
-        at = self._weight.data_ptr()
-        for layer in self._layers:
-            if layer.weight.data_ptr() != at:
-                raise UnsupportedUseError(
-                    "the model was moved or cast, or its weights were replaced, while a method was applied; remove the "
-                    "method first and apply it again afterwards, or apply it with fuse=False"
-                )
-            at += layer.weight.nbytes
+        """Raises `UnsupportedUseError` if the layers have got other weights or biases since."""
+        weights, biases = [layer.weight for layer in self._layers], [layer.bias for layer in self._layers]
+        if not (_lie_in(self._weight, weights) and _lie_in(self._bias, biases)):
+            raise UnsupportedUseError(
+                "the model was moved or cast, or its weights or biases were replaced, while a method was applied; "
+                "remove the method first and apply it again afterwards, or apply it with fuse=False"
+            )
 
 
 def _halved(layer: nn.Linear, x: Tensor) -> Tensor:
@@ -83,11 +82,24 @@ def _halved(layer: nn.Linear, x: Tensor) -> Tensor:
     return out if layer.bias is None else out + layer.bias
 
 
+def _lie_in(joint: Tensor | None, parts: list[nn.Parameter | None]) -> bool:
+    """Whether the parts are what `_side_by_side` has made of them; None for what layers do not have."""
+    if joint is None:
+        return all(part is None for part in parts)
+    at = joint.data_ptr()
+    for part in parts:
+        if part is None or part.data_ptr() != at:
+            return False
+        at += part.nbytes
+    return True
+
+
 def _side_by_side(parameters: list[nn.Parameter]) -> Tensor:
-    joint = torch.cat([parameter.data for parameter in parameters])
+    with torch.inference_mode(False):  # made in inference mode, they could not be trained on
+        joint = torch.cat([parameter.data for parameter in parameters])
+        for parameter, view in zip(parameters, joint.split([len(p) for p in parameters]), strict=True):
+            parameter.data = view
     torch._dynamo.mark_static_address(joint)  # a captured graph reads it where it is, as it does parameters
-    for parameter, view in zip(parameters, joint.split([len(p) for p in parameters]), strict=True):
-        parameter.data = view
     return joint
 
 
@@ -96,15 +108,16 @@ def fuse_projections(model: nn.Module, undo: contextlib.ExitStack) -> list[Fused
     of many inputs and few outputs. Returns the products that take the place of several. undo: gives every layer its own
     memory and forward back."""
     fused = []
+    users = Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
     for module in list(model.modules()):
         if isinstance(module, nn.Linear) and _is_plain(module) and _is_long(module):
             undo.callback(module.__dict__.pop, "forward", None)
             module.__dict__["forward"] = partial(_halved, module)
         for names in _TOGETHER:
             layers = [getattr(module, name, None) for name in names]
-            if all(isinstance(layer, nn.Linear) and _is_plain(layer) for layer in layers) and all(
-                _are_alike(one, other) for one, other in pairwise(layers)
-            ):
+            if all(
+                isinstance(layer, nn.Linear) and _is_plain(layer) and _is_own(layer, users) for layer in layers
+            ) and all(_are_alike(one, other) for one, other in pairwise(layers)):
                 fused.append(_install(layers, undo))
     return fused
 
@@ -130,6 +143,11 @@ def _is_plain(layer: nn.Linear) -> bool:
         and "forward" not in vars(layer)
         and not (layer._forward_hooks or layer._forward_pre_hooks)
     )
+
+
+def _is_own(layer: nn.Linear, users: Counter[int]) -> bool:
+    """Whether no parameter is tied to another layer's: it cannot lie in two places."""
+    return all(users[id(parameter)] == 1 for parameter in layer.parameters(recurse=False))
 
 
 def _is_long(layer: nn.Linear) -> bool:

@@ -91,7 +91,8 @@ def _chunk(
     entry = first // PAGE + tl.arange(0, CHUNK // PAGE)
     pages = tl.load(table + entry, mask=entry < width, other=0)
     if WIDE:
-        pages = pages.to(tl.int64)
+        wide = tl.full([], 0, tl.int64)
+        pages, k_token, v_token = pages + wide, k_token + wide, v_token + wide
     k_within = (t % PAGE)[:, None] * k_token + d[None, :]
     v_within = (t % PAGE)[:, None] * v_token + d[None, :]
     for start in tl.range(0, last - first, TILE, num_stages=STAGES):
@@ -314,7 +315,10 @@ def _run(
     parts = (rows, n_heads, splits) if splits > 1 else (0, 0, 0)
     partial_out, partial_lse = torch.empty((*parts, dim), **fp32), torch.empty(parts, **fp32)
     shape = {"N_HEADS": n_heads, "GROUPS": groups, "DIM": dim, "BLOCK_D": triton.next_power_of_2(dim)}
-    furthest = max(pages.shape[0] * abs(pages.stride(0)) for pages in (k_cache, v_cache))
+    furthest = max(
+        sum(size * abs(step) for size, step in zip(pages.shape, pages.stride(), strict=True))
+        for pages in (k_cache, v_cache)
+    )
     shape |= {"CHUNK": chunk, "SPLITS": splits, "STATS": stats, "SINKS": sinks is not None}
     if rows == 0:
         return out, logits, peaks, lse
