@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache, LlamaConfig
+from transformers import DynamicCache, LlamaConfig, OPTConfig
 
 import deltakv
 from deltakv.bench.dims import DIMS, find_config, make_model
+from deltakv.bench.kernels import Kernel, parts
 from deltakv.bench.random_model import fill_paged, make_static
 from deltakv.bench.step import STATIC, Settings, contender, step_bytes
 from deltakv.errors import InputError, UnsupportedModelError
@@ -49,6 +50,10 @@ def test_a_config_file_and_what_is_not_one(tmp_path: Path) -> None:
         find_config(str(tmp_path / "none.json"))
     with pytest.raises(InputError, match="r1-distill-qwen-7b"):
         find_config(str(tmp_path / "nowhere"))
+    file.write_text(json.dumps(DIMS["qwen3-8b"])[:-20], encoding="utf-8")
+    for broken in (file, tmp_path):
+        with pytest.raises(InputError, match="cannot load"):
+            find_config(str(broken))
     file.write_text(json.dumps({"model_type": "bloom"}), encoding="utf-8")
     with pytest.raises(UnsupportedModelError, match="ALiBi"):
         find_config(str(file))
@@ -130,7 +135,39 @@ def test_bytes_of_a_step_by_hand(model: Any) -> None:
     """Weights once, the input embedding left out; K and V of every layer, or of the pick, the new token included."""
     a_token = 2 * 2 * 16 * 4
     weights = 4 * (model.num_parameters() - 128 * 64)
-    assert step_bytes(model, deltakv.Full(), [150, 32]) == weights + 6 * a_token * (151 + 33)
+    assert step_bytes(model, deltakv.Full(), [150, 32]) == (weights, 6 * a_token * (151 + 33))
     # Plan FFSSRS: one layer reuses; 151 tokens are 10 pages, the last with 7: 3 * 16 + 7 are read. 33 are 3 pages.
     assert str(SPARSE.layer_plan(6)) == "FFSSRS"
-    assert step_bytes(model, SPARSE, [150, 32]) == weights + a_token * (5 * (151 + 33) + 55 + 33)
+    assert step_bytes(model, SPARSE, [150, 32]) == (weights, a_token * (5 * (151 + 33) + 55 + 33))
+
+
+def test_of_embeddings_only_rows_are_read() -> None:
+    """OPT's table of positions is one, too; what is tied to the head is read as the head."""
+    config = OPTConfig(
+        vocab_size=128, hidden_size=64, word_embed_proj_dim=64, ffn_dim=96, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=512,
+    )  # fmt: skip
+    opt = make_model(config, torch.float32, CPU)
+    weights, _ = step_bytes(opt, deltakv.Full(), [10])
+    assert weights == 4 * (opt.num_parameters() - opt.model.decoder.embed_positions.weight.numel())
+
+
+def test_kernels_by_what_they_do() -> None:
+    kernels = [
+        Kernel("nvjet_sm90_tst_320x64_64x4_4x1_v_bz_TNT", 28, 2800.0),
+        Kernel("_attend", 28, 5000.0),
+        Kernel("void cutlass::gemm_kernel<8>", 1, 200.0),
+        Kernel("_merge", 5, 40.0),
+        Kernel("fmha_cutlassF_bf16", 1, 60.0),
+        Kernel("triton_red_fused_argmax_select_14", 1, 30.0),
+        Kernel("_select", 3, 20.0),
+        Kernel("_score", 3, 70.0),
+    ]
+    found = parts(kernels, weight_bytes=4e9, kv_bytes=2e9, bandwidth=2e12)
+    assert [(part["part"], part["calls"], part["microseconds"], part["floor_us"]) for part in found] == [
+        ("attention", 34, 5100.0, 1000.0),
+        ("scoring and picking", 6, 90.0, 0.0),
+        ("matrix products", 29, 3000.0, 2000.0),
+        ("the rest", 1, 30.0, 0.0),
+    ]
+    assert parts([], 1.0, 1.0, 1.0) == []

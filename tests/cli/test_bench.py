@@ -57,6 +57,7 @@ def test_finished_rows_are_not_waited_for(run: Run, model_folder: str, tmp_path:
     refused(run("bench", "step", *words, "--finished", "3"), "--finished 3", "at most 2")
     refused(run("bench", "step", *words, "--finished", "1", "--loop", "2"), "--loop", "without --finished")
     refused(run("bench", "step", *words, "--spread", "inf"), "--spread inf")
+    refused(run("bench", "step", *words, "--profile", "--device", "cpu"), "--profile", "device is cpu")
     assert run("bench", "step", *words, "--spread", "4", "--finished", "1", "--json", str(file)).code == 0
     (entry,) = written(file, "step")["results"]
     assert (entry["context"], entry["tokens"]) == (100, 100 + 63)  # the longest rows go on

@@ -21,7 +21,9 @@ from harness import SPARSE, Driver, EngineError, Row, ask, prompt
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(importlib.util.find_spec("vllm") is None or not torch.cuda.is_available(), reason="needs vLLM"),
+    pytest.mark.skipif(
+        importlib.util.find_spec("vllm.version") is None or not torch.cuda.is_available(), reason="needs vLLM"
+    ),
 ]
 
 #: What keeps vLLM from looking for a network, or for packages that are not there.

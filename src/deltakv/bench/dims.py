@@ -119,16 +119,16 @@ def find_config(name: str) -> Any:
 
     Raises `InputError` or `UnsupportedModelError`.
     """
-    from transformers import AutoConfig
-
     from deltakv import loading
 
     if name in DIMS:
+        from transformers import AutoConfig
+
         config = AutoConfig.for_model(**DIMS[name])
     elif name.endswith(".json"):
         if not Path(name).is_file():
             raise InputError(f"the config {name} does not exist")
-        config = AutoConfig.from_pretrained(name)
+        config = loading.load_config(name)
     else:
         try:
             config = loading.load_config(loading.locate(name))

@@ -73,7 +73,8 @@ def step_cost(config: Any, windows: tuple[int | None, ...], method: Method, dtyp
 
 
 def _parameters(config: Any) -> tuple[int, int]:
-    """Parameters that a step reads, and those in experts. An untied input embedding gives rows only."""
+    """Parameters that a step reads, and those in experts. Embeddings, of tokens or of positions, give rows only; one
+    that is tied to the head is read as the head."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -81,9 +82,10 @@ def _parameters(config: Any) -> tuple[int, int]:
         model = AutoModelForCausalLM.from_config(config)
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
     tied = head is not None and (head.weight is embedding or config.tie_word_embeddings)
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
     dense = experts = 0
     for name, parameter in model.named_parameters():
-        if parameter is embedding and not tied:
+        if id(parameter) in tables and not (tied and parameter is embedding):
             continue
         if ".experts." in name:
             experts += parameter.numel()

@@ -56,7 +56,8 @@ class OpEntry:
 
 
 def measure_ops(shape: Shape, method: Delta, runs: int, warmup: int) -> list[OpEntry]:
-    """Attention of a FULL, a SELECT and a REUSE layer, scoring and picking, and FlashInfer's attention if installed."""
+    """Attention of a FULL, a SELECT and a REUSE layer, scoring and picking; beside them
+    FlashInfer's attention, and vLLM's FlashAttention 3 on a Hopper, where they are installed."""
     size, device = method.page_size, shape.device
     width = -(-shape.context // size)
     layers = max(2, -(-_ROUND_BYTES[device.type] // shape.kv_bytes(shape.context)))
@@ -89,6 +90,9 @@ def measure_ops(shape: Shape, method: Delta, runs: int, warmup: int) -> list[OpE
     flash = _flashinfer(shape, q, width, size)
     if flash is not None:
         runs_of.append(("attention, FlashInfer", flash, full + small))
+    flash3 = _flash_attention_3(shape, q, table, lens)
+    if flash3 is not None:
+        runs_of.append(("attention, FlashAttention 3", flash3, full + small))
     return [OpEntry(name, _round(run, pools, device, runs, warmup), count) for name, run, count in runs_of]
 
 
@@ -140,3 +144,25 @@ def _flashinfer(shape: Shape, q: Tensor, width: int, size: int) -> Callable[[Any
         kv_data_type=shape.dtype,
     )
     return lambda kv: wrapper.run(q, kv)
+
+
+def _flash_attention_3(shape: Shape, q: Tensor, table: Tensor, lens: Tensor) -> Callable[[Any], Any] | None:
+    """vLLM's build of FlashAttention 3 over the same pools, as vLLM calls it for decode rows."""
+    if shape.device.type != "cuda" or torch.cuda.get_device_capability(shape.device)[0] != 9:
+        return None
+    if importlib.util.find_spec("vllm") is None or importlib.util.find_spec("vllm.vllm_flash_attn") is None:
+        return None
+    from vllm.vllm_flash_attn import flash_attn_varlen_func
+
+    starts = torch.arange(shape.batch + 1, dtype=torch.int32, device=shape.device)
+    options = {
+        "max_seqlen_q": 1,
+        "cu_seqlens_q": starts,
+        "max_seqlen_k": shape.context,
+        "seqused_k": lens[:, 0].contiguous(),
+        "softmax_scale": shape.head_dim**-0.5,
+        "causal": True,
+        "block_table": table[:, 0].contiguous(),
+        "fa_version": 3,
+    }
+    return lambda kv: flash_attn_varlen_func(q, *kv, **options)

@@ -22,6 +22,7 @@ from transformers import StoppingCriteria
 import deltakv
 from deltakv.bench.clock import Times, timed
 from deltakv.bench.floors import step_cost
+from deltakv.bench.kernels import Kernel, kernels_of, parts
 from deltakv.bench.random_model import fill_paged, make_static
 from deltakv.config import Full, Method
 from deltakv.integrations.hf import Handle, PagedCache
@@ -56,29 +57,23 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Kernel:
-    """A kernel of one step: how often it ran, and for how long in all."""
-
-    name: str
-    calls: int
-    microseconds: float
-
-
-@dataclass(frozen=True)
 class Entry:
-    """What a contender took for rows of `lengths` tokens, 0 for one that has finished. bytes: weights and K and V that
-    its step must read. loop: milliseconds of a step of `generate`, all that it does around the forward included."""
+    """What a contender took for rows of `lengths` tokens, 0 for one that has finished. weight_bytes, kv_bytes: what any
+    step that gives these rows their answers must read; stock reads more when lengths differ, and its floor is the same.
+    loop: milliseconds of a step of `generate`, all that it does around the forward included."""
 
     name: str
     lengths: Sequence[int]
     times: Times
-    bytes: float
+    weight_bytes: float
+    kv_bytes: float
     loop: float | None = None
     kernels: list[Kernel] = field(default_factory=list)
 
     def numbers(self, bandwidth: float) -> dict[str, Any]:
         """For a JSON file. bandwidth: bytes a second of a copy in this run."""
-        floor = 1e3 * self.bytes / bandwidth
+        read = self.weight_bytes + self.kv_bytes
+        floor = 1e3 * read / bandwidth
         return {
             "method": self.name,
             "batch": len(self.lengths),
@@ -86,11 +81,12 @@ class Entry:
             "context": max(self.lengths),
             "tokens": sum(self.lengths),
             **self.times.numbers(),
-            "bytes": round(self.bytes),
+            "bytes": round(read),
             "floor_ms": floor,
             "share_of_floor": floor / self.times.median,
             "generate_ms": self.loop,
             "kernels": [vars(kernel) for kernel in self.kernels],
+            "parts": parts(self.kernels, self.weight_bytes, self.kv_bytes, bandwidth),
         }
 
 
@@ -119,9 +115,9 @@ class Contender:
         with torch.no_grad():
             times = timed(lambda: self.step(token, finished), model.device, settings.runs, settings.warmup)
             if settings.profile and model.device.type == "cuda":
-                kernels = _profiled(lambda: self.step(token, finished))
+                kernels = kernels_of(lambda: self.step(token, finished))
         loop = self._loop(lengths, settings) if settings.loop else None
-        return Entry(self.name, lengths, times, step_bytes(model, self.method, lengths), loop, kernels)
+        return Entry(self.name, lengths, times, *step_bytes(model, self.method, lengths), loop, kernels)
 
     def _refill(self, lengths: Sequence[int]) -> None:
         if self.handle is not None:
@@ -192,11 +188,11 @@ def contender(
             torch.cuda.empty_cache()
 
 
-def step_bytes(model: Any, method: Method, lengths: Sequence[int]) -> float:
+def step_bytes(model: Any, method: Method, lengths: Sequence[int]) -> tuple[float, float]:
     """Bytes that a step must read: weights once, and K and V of each row, its new token included."""
     cost = step_cost(model.config, model_shape(model.config).windows, method, model.dtype)
     rows = (sum(cost.kv_bytes(length + 1, 1, method).values()) for length in lengths if length)
-    return cost.weight_bytes(len(lengths)) + sum(rows)
+    return cost.weight_bytes(len(lengths)), sum(rows)
 
 
 def _make_step(
@@ -220,14 +216,3 @@ def _make_step(
         return run(token)
 
     return announced
-
-
-def _profiled(run: Callable[[], Any]) -> list[Kernel]:
-    """The kernels of one run, those that took longest first."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        run()
-        torch.cuda.synchronize()
-    found = [Kernel(event.key, event.count, event.device_time_total) for event in profiler.key_averages()]
-    return sorted((kernel for kernel in found if kernel.microseconds), key=lambda kernel: -kernel.microseconds)

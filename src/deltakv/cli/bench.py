@@ -76,6 +76,8 @@ def step(
     if not math.isfinite(spread):
         raise InputError(f"--spread {spread} is not a number of times; give one from 1 on")
     job = Job(model, method or METHODS, device, dtype, output_json, plot)
+    if profile and job.device.type != "cuda":
+        raise InputError(f"--profile shows the kernels of a GPU, and the device is {job.device.type}; leave it out")
     import torch
 
     from deltakv.bench.step import Settings, contender
@@ -101,6 +103,7 @@ def step(
     title = f"{model}, batch {batch_size}, {span} tokens, {job.dtype_name}, {job.device_name}"
     job.show(report.step_table(results, job.bandwidth), title)
     for result in results if profile else []:
+        job.show(report.part_table(result), f"parts of {result['method']}")
         job.show(report.kernel_table(result), f"kernels of {result['method']}")
     job.write({"bench": "step", "compiled": settings.compiled, "spread": spread}, results)
     job.draw(report.step_plot, results, title)

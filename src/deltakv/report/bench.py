@@ -53,6 +53,17 @@ def kernel_table(result: dict[str, Any], rows: int = 20) -> Table:
     return table
 
 
+def part_table(result: dict[str, Any]) -> Table:
+    """What one contender's kernels do, beside what they must read."""
+    table = _table("part", "calls", "us", "GB", "floor us", "of floor")
+    for part in result["parts"]:
+        share = f"{part['floor_us'] / part['microseconds']:.0%}" if part["bytes"] and part["microseconds"] else ""
+        bytes_read = f"{part['bytes'] / 1e9:.2f}" if part["bytes"] else ""
+        floor = f"{part['floor_us']:.0f}" if part["bytes"] else ""
+        table.add_row(part["part"], str(part["calls"]), f"{part['microseconds']:.0f}", bytes_read, floor, share)
+    return table
+
+
 def op_table(results: Sequence[dict[str, Any]], bandwidth: float) -> Table:
     """Ops as rows. results: as in the JSON of `bench op`."""
     table = _table("op", "us", "middle half", "MB", "floor us", "of floor")
