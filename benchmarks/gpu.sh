@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Measures what benchmarks/README.md says of a GPU, part by part, each a few minutes:
-#   bash benchmarks/gpu.sh FOLDER tests|steps-7b|steps-1.5b|ops|slope|crossover|generate-1.5b|generate-7b ...
+#   bash benchmarks/gpu.sh FOLDER tests|steps-7b|steps-1.5b|average|ragged|ops|slope|crossover|generate-1.5b|generate-7b ...
 # Results are JSON (and pictures) in FOLDER; benchmarks/results/ keeps those that are published.
 set -uo pipefail
 out=$1; shift
-export PYTHONPATH=src PYTHONUNBUFFERED=1
+export PYTHONPATH=src${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 day=$(date -u +%F)
 card=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -1 | grep -oiE '[A-Z]+[0-9]+' | head -1 | tr '[:upper:]' '[:lower:]')
 bench() { local name=$card-$1; shift; echo "== $name"; python3 -m deltakv bench "$@" --output-json "$out/$day-$name.json" || failed=1; }
@@ -32,9 +32,13 @@ for part in "$@"; do
     slope)
       bench 7b-slope sweep --model r1-distill-qwen-7b --batch-size 8 "${methods[@]}" \
         --input-len 4096,8192,16384,32768,65536,131072 ;;
+    average)  # of the contexts of `generate-7b`
+      bench 7b-64x8k step --model r1-distill-qwen-7b --batch-size 64 --input-len 8000 --loop 48 --profile "${methods[@]}" ;;
     crossover)
-      bench 1.5b-crossover sweep --model r1-distill-qwen-1.5b --batch-size 1,8,64 "${methods[@]}" \
-        --input-len 512,1024,2048,4096,8192 ;;
+      for size in 1.5b 7b; do
+        bench $size-crossover sweep --model r1-distill-qwen-$size --batch-size 1,8,64 "${methods[@]}" \
+          --input-len 512,1024,2048,4096,8192,16384,32768,65536,131072
+      done ;;
     generate-*)
       bench "$part" generate --model "r1-distill-qwen-${part#generate-}" --batch-size 64 --output-len 16000 "${methods[@]}" ;;
     *) echo "no such part: $part"; failed=1 ;;

@@ -19,11 +19,12 @@ import deltakv
 sys.path.append(str(Path(__file__).parents[1] / "vllm"))
 from harness import SPARSE, Driver, EngineError, Row, ask, prompt
 
+#: The package, and not this project's folder of tests of that name.
+_HAS_VLLM = bool(importlib.util.find_spec("vllm") and importlib.util.find_spec("vllm.version"))
+
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(
-        importlib.util.find_spec("vllm.version") is None or not torch.cuda.is_available(), reason="needs vLLM"
-    ),
+    pytest.mark.skipif(not _HAS_VLLM or not torch.cuda.is_available(), reason="needs vLLM"),
 ]
 
 #: What keeps vLLM from looking for a network, or for packages that are not there.

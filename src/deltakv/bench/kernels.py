@@ -40,7 +40,7 @@ def kernels_of(run: Callable[[], Any]) -> list[Kernel]:
 
 def parts(kernels: Sequence[Kernel], weight_bytes: float, kv_bytes: float, bandwidth: float) -> list[dict[str, Any]]:
     """Kernels taken together by what they do, for a JSON file; empty without kernels. The bytes are those that must be
-    read, at `bandwidth` bytes a second their floor: K and V by attention, weights by products, nothing by the others."""
+    read, at `bandwidth` bytes a second their floor: K and V by attention, weights by products, nothing by the rest."""
     grouped: dict[str, list[Kernel]] = {part: [] for part in _PARTS} if kernels else {}
     for kernel in kernels:
         grouped[next(part for part, names in _PARTS.items() if re.search(names, kernel.name))].append(kernel)
