@@ -79,7 +79,7 @@ def benches(kind: str) -> list[tuple[str, dict[str, Any]]]:
 
 def gpu() -> str:
     """What was measured on a GPU: steps, slopes, whole answers, ops."""
-    parts = [part for name, data in benches("step") for part in (step_table(data), source(data))]
+    parts = [part for _, data in benches("step") for part in (step_table(data), part_table(data), source(data)) if part]
     parts += [part for name, data in benches("sweep") for part in (trend_table(name, data), source(data))]
     parts += [part for name, data in benches("generate") for part in (generate_table(data), source(data))]
     parts += [part for name, data in benches("op") for part in (op_table(data), source(data))]
@@ -148,6 +148,25 @@ def step_table(data: dict[str, Any]) -> str:
     title = f"**{data['model']}, batch {results[0]['batch']}, {span}**: a decode step"
     headings = "method | ms | middle half | GB | floor, ms | of the floor | to best full | step of `generate`, ms"
     return grid(title, headings, rows)
+
+
+def part_table(data: dict[str, Any]) -> str:
+    """What the kernels of each contender do, and what they must read; nothing for a run without --profile."""
+    rows = [
+        [
+            row["method"],
+            part["part"],
+            str(part["calls"]),
+            f"{part['microseconds']:,.0f}",
+            f"{part['bytes'] / 1e9:.2f}" if part["bytes"] else "",
+            f"{part['floor_us']:,.0f}" if part["bytes"] else "",
+            f"{part['floor_us'] / part['microseconds']:.0%}" if part["bytes"] else "",
+        ]
+        for row in data["results"]
+        for part in row.get("parts", [])
+        if part["calls"]
+    ]
+    return grid("", "method | kernels of | calls | us | GB | floor, us | of the floor", rows).strip() if rows else ""
 
 
 def trend_table(name: str, data: dict[str, Any]) -> str:

@@ -78,7 +78,11 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The checkout's commit, with `+changes` if sources differ; None outside a checkout of this project."""
+    """The checkout's commit, with `+changes` if sources differ; None outside a checkout of this project. A copy of one
+    that has lost its history is told by DELTAKV_COMMIT."""
+    told = os.environ.get("DELTAKV_COMMIT")
+    if told:
+        return told
     try:
         # An installed copy may lie inside another project's checkout (its virtual environment).
         if not _git("ls-files", Path(__file__).name):
