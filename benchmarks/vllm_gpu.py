@@ -10,6 +10,7 @@ Pure decode is timed on prefix-cached prompts, so that all rows start together: 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import random
@@ -27,6 +28,13 @@ ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_USE_DEEP_GEMM": "0",
     "TVM_FFI_DISABLE_TORCH_C_DLPACK": "1", "VLLM_HOST_IP": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo",
     "NCCL_SOCKET_IFNAME": "lo", "TOKENIZERS_PARALLELISM": "false",
+}  # fmt: skip
+
+#: NVLink multicast can put a host's GPUs out of service for others: off in NCCL, PyTorch and NVSHMEM, and in the parts
+#: of vLLM that would ask for it.
+WITHOUT_MULTICAST = {
+    "NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NVSHMEM_DISABLE_NVLS": "1",
+    "VLLM_ALLREDUCE_USE_SYMM_MEM": "0", "VLLM_USE_NCCL_SYMM_MEM": "0", "VLLM_ALLREDUCE_USE_FLASHINFER": "0",
 }  # fmt: skip
 
 #: The paper's plan for 28 layers, and one sink page.
@@ -49,6 +57,11 @@ PARTS = {
     "1.5b": ("1.5b", ("stock", "delta", "full"), 75),
     "7b": ("7b", ("stock", "delta", "full"), 110),
 }
+
+
+def switched_off(environment: dict[str, str]) -> dict[str, str]:
+    """Without multicast, whatever the environment says."""
+    return {**environment, **WITHOUT_MULTICAST}
 
 
 def advertise(folder: Path) -> None:
@@ -206,14 +219,18 @@ def child(part: str, name: str, folder: Path, result: Path) -> None:
     result.write_text(json.dumps(answer), encoding="utf-8")
 
 
+@functools.cache
 def provenance() -> dict[str, Any]:
     import torch
     import vllm
 
-    return {
-        "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "vllm": vllm.__version__,
-        "command": sys.argv, "date": time.strftime("%F %T"),
-    }  # fmt: skip
+    from deltakv.bench.provenance import provenance as facts_of
+
+    if gpu := torch.cuda.is_available():
+        os.environ.setdefault("DELTAKV_NATIVE", "0")  # nobody needs the CPU ops here: they are not compiled
+    facts = facts_of()
+    facts["versions"]["vllm"] = vllm.__version__
+    return {**facts, "dtype": "bfloat16", "device": torch.cuda.get_device_name() if gpu else "cpu"}
 
 
 def main() -> int:
@@ -232,9 +249,9 @@ def main() -> int:
     asked.output.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp())
     advertise(work)
-    environment = {**ENVIRONMENT, **os.environ}
+    environment = switched_off({**ENVIRONMENT, **os.environ})
     environment["PYTHONPATH"] = os.pathsep.join([str(work), *filter(None, [os.environ.get("PYTHONPATH")])])
-    report: dict[str, Any] = {"provenance": provenance(), "parts": {}, "left_out": []}
+    report: dict[str, Any] = {**provenance(), "bench": "vllm", "parts": {}, "left_out": []}
     for part in asked.parts:
         dims, names, guess = PARTS[part]
         folder = work / dims
