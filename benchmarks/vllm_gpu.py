@@ -10,6 +10,7 @@ Pure decode is timed on prefix-cached prompts, so that all rows start together: 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import random
@@ -29,9 +30,19 @@ ENVIRONMENT = {
     "NCCL_SOCKET_IFNAME": "lo", "TOKENIZERS_PARALLELISM": "false",
 }  # fmt: skip
 
+#: NVLink multicast can put a host's GPUs out of service for others: off in NCCL, PyTorch and NVSHMEM, and in the parts
+#: of vLLM that would ask for it.
+WITHOUT_MULTICAST = {
+    "NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NVSHMEM_DISABLE_NVLS": "1",
+    "VLLM_ALLREDUCE_USE_SYMM_MEM": "0", "VLLM_USE_NCCL_SYMM_MEM": "0", "VLLM_ALLREDUCE_USE_FLASHINFER": "0",
+}  # fmt: skip
+
 #: The paper's plan for 28 layers, and one sink page.
 DELTA = {"algorithm": "delta", "budget": 1024, "plan": "FFS" + "R" * 11 + "S" + "R" * 7 + "S" + "R" * 5}
-CONTENDERS: dict[str, dict[str, Any] | None] = {"stock": None, "full": {"algorithm": "full"}, "delta": DELTA}
+CONTENDERS: dict[str, dict[str, Any] | None] = {
+    "stock": None, "full": {"algorithm": "full"}, "covers": {**DELTA, "budget": 16384}, "delta": DELTA,
+    "local": {**DELTA, "tp_selection": "local"},
+}  # fmt: skip
 
 #: hidden, intermediate, heads, KV heads, tied embeddings, vocabulary; of Qwen2.
 DIMS = {
@@ -42,6 +53,8 @@ DIMS = {
 #: Rows and tokens of context.
 SHAPES = ((64, 16000), (64, 1000))
 STEPS = 100
+#: How often they are timed; the fastest counts.
+TURNS = 3
 
 #: Parts, each a model and its contenders, with a guess of the seconds that one takes.
 PARTS = {
@@ -49,6 +62,11 @@ PARTS = {
     "1.5b": ("1.5b", ("stock", "delta", "full"), 75),
     "7b": ("7b", ("stock", "delta", "full"), 110),
 }
+
+
+def switched_off(environment: dict[str, str]) -> dict[str, str]:
+    """Without multicast, whatever the environment says."""
+    return {**environment, **WITHOUT_MULTICAST}
 
 
 def advertise(folder: Path) -> None:
@@ -87,15 +105,15 @@ def save_tiny(folder: Path) -> None:
     transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
 
 
-def start(dims: str, folder: Path, name: str, longest: int) -> tuple[Any, dict[str, Any]]:
-    """An engine, and what it took to start."""
+def start(dims: str, folder: Path, name: str, longest: int, **engine: Any) -> tuple[Any, dict[str, Any]]:
+    """An engine, and what it took to start. engine: further arguments for vLLM."""
     began = time.time()
     from vllm import LLM
 
-    settings = {"covers": {**DELTA, "budget": 16384}}.get(name, CONTENDERS.get(name))
-    engine: dict[str, Any] = {"attention_config": {"backend": "FLASH_ATTN"}}
+    settings = CONTENDERS[name]
+    engine["attention_config"] = {"backend": "FLASH_ATTN" if settings is None else "CUSTOM"}
     if settings is not None:
-        engine = {"attention_config": {"backend": "CUSTOM"}, "additional_config": {"deltakv": settings}}
+        engine["additional_config"] = {"deltakv": settings}
     llm = LLM(
         model=str(folder), load_format="auto" if dims == "tiny" else "dummy", skip_tokenizer_init=True, seed=0,
         dtype="bfloat16", max_model_len=longest, max_num_seqs=64, enable_prefix_caching=True, block_size=16,
@@ -119,25 +137,28 @@ def prompts_of(count: int, length: int, seed: int, vocabulary: int = 150000) -> 
     return [[chooser.randrange(3, vocabulary) for _ in range(length)] for _ in range(count)]
 
 
-def timed(dims: str, folder: Path, name: str) -> dict[str, Any]:
+def timed(
+    dims: str, folder: Path, name: str, sizes: tuple[tuple[int, int], ...] = SHAPES, longest: int = 0, **engine: Any
+) -> dict[str, Any]:
     """TTFT of one prompt, reading all prompts, and a step of pure decode, by shape."""
-    llm, result = start(dims, folder, name, max(length for _, length in SHAPES) + STEPS + 64)
+    llm, result = start(dims, folder, name, longest or max(length for _, length in sizes) + STEPS + 64, **engine)
     blocks = llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
-    needed = max(rows * (-(-(length + STEPS) // 16)) for rows, length in SHAPES)
-    if blocks < needed:
+    needed = max(rows * (-(-(length + STEPS) // 16)) for rows, length in sizes)
+    vocabulary = min(150000, DIMS[dims][5])
+    if blocks and blocks < needed:
         raise SystemExit(
             f"the KV cache has {blocks} blocks, and {needed} are needed for all rows at once: a larger GPU"
         )
-    generate(llm, prompts_of(64, 200, seed=9), 4)  # whatever is compiled at first use
+    generate(llm, prompts_of(64, 200, 9, vocabulary), 4)  # whatever is compiled at first use
     shapes = []
-    for rows, length in reversed(SHAPES):
-        single = [generate(llm, prompts_of(1, length, seed=100 + attempt), 1)[0] for attempt in range(4)][1:]
-        prompts = prompts_of(rows, length, seed=rows + length)
+    for rows, length in reversed(sizes):
+        single = [generate(llm, prompts_of(1, length, 100 + attempt, vocabulary), 1)[0] for attempt in range(4)][1:]
+        prompts = prompts_of(rows, length, rows + length, vocabulary)
         read = generate(llm, prompts, 1)[0]
         generate(llm, prompts, 4)
-        one = [generate(llm, prompts, 1)[0] for _ in range(2)]
-        many = []
-        for _ in range(2):
+        one, many = [], []
+        for _ in range(TURNS):
+            one.append(generate(llm, prompts, 1)[0])
             seconds, answers = generate(llm, prompts, STEPS)
             assert all(len(answer.outputs[0].token_ids) == STEPS for answer in answers)
             many.append(seconds)
@@ -154,9 +175,9 @@ def timed(dims: str, folder: Path, name: str) -> dict[str, Any]:
     return {**result, "shapes": shapes}
 
 
-def answered(folder: Path, name: str) -> dict[str, Any]:
+def answered(folder: Path, name: str, **engine: Any) -> dict[str, Any]:
     """Tokens and all log-probabilities of a few rows of the tiny model."""
-    llm, result = start("tiny", folder, name, 8192)
+    llm, result = start("tiny", folder, name, 8192, **engine)
     rows = []
     for length in (6000, 3000, 900, 40):
         (row,) = generate(llm, prompts_of(1, length, seed=length, vocabulary=1024), 24, logprobs=-1)[1]
@@ -206,14 +227,18 @@ def child(part: str, name: str, folder: Path, result: Path) -> None:
     result.write_text(json.dumps(answer), encoding="utf-8")
 
 
+@functools.cache
 def provenance() -> dict[str, Any]:
     import torch
     import vllm
 
-    return {
-        "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "vllm": vllm.__version__,
-        "command": sys.argv, "date": time.strftime("%F %T"),
-    }  # fmt: skip
+    from deltakv.bench.provenance import provenance as facts_of
+
+    if gpu := torch.cuda.is_available():
+        os.environ.setdefault("DELTAKV_NATIVE", "0")  # nobody needs the CPU ops here: they are not compiled
+    facts = facts_of()
+    facts["versions"]["vllm"] = vllm.__version__
+    return {**facts, "dtype": "bfloat16", "device": torch.cuda.get_device_name() if gpu else "cpu"}
 
 
 def main() -> int:
@@ -232,9 +257,9 @@ def main() -> int:
     asked.output.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp())
     advertise(work)
-    environment = {**ENVIRONMENT, **os.environ}
+    environment = switched_off({**ENVIRONMENT, **os.environ})
     environment["PYTHONPATH"] = os.pathsep.join([str(work), *filter(None, [os.environ.get("PYTHONPATH")])])
-    report: dict[str, Any] = {"provenance": provenance(), "parts": {}, "left_out": []}
+    report: dict[str, Any] = {**provenance(), "bench": "vllm", "parts": {}, "left_out": []}
     for part in asked.parts:
         dims, names, guess = PARTS[part]
         folder = work / dims

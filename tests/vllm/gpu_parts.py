@@ -241,6 +241,7 @@ def backend() -> None:
     from vllm.v1.attention.backend import AttentionCGSupport
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
+    from deltakv.integrations.vllm import gpu
     from deltakv.integrations.vllm.gpu import SparseGPUBackend, SparseGPUBuilder
 
     assert AttentionBackendEnum[SparseGPUBackend.get_name()] is AttentionBackendEnum.CUSTOM
@@ -251,6 +252,13 @@ def backend() -> None:
     assert not SparseGPUBuilder.use_cascade_attention(None, 4096)
     sizes = [SparseGPUBackend.supports_head_size(size) for size in (64, 128, 256, 257, 512)]
     assert sizes == [True, True, True, False, False]
+    gpu.importlib.util.find_spec = lambda _: None
+    try:
+        SparseGPUBackend.get_impl_cls()
+    except ValueError as error:
+        assert "install triton" in str(error)
+    else:
+        raise AssertionError("not refused")
     print("as expected")
 
 

@@ -16,8 +16,16 @@ import deltakv
 
 @pytest.mark.parametrize("part", ["replayed", "split", "marked", "beside", "platforms", "backend", "figures", "ranks"])
 def test_part(part: str) -> None:
+    assert run("gpu_parts", part) == "as expected"
+
+
+def test_the_newer_model_runner() -> None:
+    assert run("gpu_runner", "second_runner") == "as expected"
+
+
+def run(module: str, part: str) -> str:
     here = str(Path(__file__).parent)
-    assert python(f"import sys; sys.path.insert(0, {here!r}); import gpu_parts; gpu_parts.{part}()") == "as expected"
+    return python(f"import sys; sys.path.insert(0, {here!r}); import {module}; {module}.{part}()")
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -114,6 +115,13 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
 print(tried)
 """
     assert python(code) == "18"
+
+
+@pytest.mark.parametrize("part", ["loaded", "configured"])
+def test_layers_and_configs_that_are_not_covered(part: str) -> None:
+    """Rows of the table in docs/vllm.md for which the CPU has no engine."""
+    here = str(Path(__file__).parent)
+    assert python(f"import sys; sys.path.insert(0, {here!r}); import loaded_layers as l; l.{part}()") == "as expected"
 
 
 def python(code: str) -> str:
