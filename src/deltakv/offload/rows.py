@@ -50,6 +50,7 @@ class HostRows:
         self._layers: dict[int, HostLayer] = {}
         self._pieces: dict[int, tuple[Piece, ...]] = {}
         self._append = Append([], [], [])
+        self._past: Tensor | None = None
         self._ahead = 0
         self._lanes: Lanes | None = None
         self._device = torch.device("cpu")
@@ -89,7 +90,7 @@ class HostRows:
         lengths = [row.length + count for row, count in zip(self.rows, counts, strict=True)]
         self._ensure(max(lengths))
         slots = [list(range(old, new)) for old, new in zip(past, lengths, strict=True)]
-        self._append = Append(past, lengths, slots)
+        self._append, self._past = Append(past, lengths, slots), None
         self.inputs.clear()  # what a forward that failed has left
         self._start_loads(max(past))
         return self._append
@@ -125,7 +126,7 @@ class HostRows:
         query: [rows, n_heads, width, head_dim]; k, v, real: as in `store`; sinks: [n_heads] or None; recompute: for
         layers that keep X. Returns [rows, width, n_heads, head_dim] in query's dtype. Raises `OffloadError`.
         """
-        attention = Attention(query, self._append.past, scale)
+        attention = Attention(query, self._append.past, scale, self._lengths(query.device))
         attention.among_themselves(k, v, real)
         known = self._layers[layer]
         for piece in self._pieces.get(layer, ()):
@@ -185,6 +186,13 @@ class HostRows:
         """Bytes of chunks on the device, whatever the rows' length."""
         loads = 0 if self._loads is None else self.host.chunks * self._loads.chunk_bytes
         return loads + (0 if self._stores is None else 2 * self._stores.chunk_bytes)
+
+    def _lengths(self, device: torch.device) -> Tensor | None:
+        """The rows' lengths before this step, if they differ: once a step, because the host waits for it."""
+        past = self._append.past
+        if self._past is None and len(set(past)) > 1:
+            self._past = torch.tensor(past, device=device)
+        return self._past
 
     def _x_limit(self, layer: int) -> int:
         """How many first tokens of a row may be recomputed, as far as its length is known."""
