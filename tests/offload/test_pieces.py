@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deltakv.offload.pieces import Kind, Piece, pieces
-from deltakv.offload.scheduler import LayerShape, Rates, Schedule, best_split
+from deltakv.offload.scheduler import Column, LayerShape, Rates, Schedule, best_split, predict
 from deltakv.offload.timeline import draw, simulate
 
 SHAPE = LayerShape(hidden=4096, kv_heads=32, head_dim=128, element_bytes=2)
@@ -44,6 +44,34 @@ def test_the_timeline_tends_to_the_formula(schedule: Schedule, batch: int) -> No
     timeline = simulate([cut] * 40, SHAPE, rates, batch, slots=256)
     assert timeline.seconds == pytest.approx(40 * split.parts.total, rel=0.03)
     assert timeline.busy("bus") <= 1 + 1e-9
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_a_column_s_timeline_tends_to_the_formula(share: float) -> None:
+    """Weights cross once a layer, for all batches."""
+    column = Column(batches=4, first_bytes=10**8, rest_bytes=5 * 10**8)
+    cut = pieces(1024, int(share * 1024), 16, 16, Schedule.PIPELINED)
+    timeline = simulate([cut] * 20, SHAPE, RATES, 16, slots=64, column=column)
+    layer = predict(SHAPE, RATES, 16, 1024, int(share * 1024), Schedule.PIPELINED, column).total
+    assert timeline.seconds == pytest.approx(20 * layer, rel=0.03)
+    weights = [span for span in timeline.spans if span.what == "weights"]
+    assert len(weights) == 20 and weights[0].stop == pytest.approx(6e8 / RATES.bus)
+
+
+def test_weights_wait_for_the_layer_before_the_last() -> None:
+    """Their place is taken until then, however idle the bus is."""
+    rates, column = Rates(bus=1e12, gemm=1e12, other=1.0), Column(batches=2, first_bytes=0, rest_bytes=10**6)
+    timeline = simulate([(), (), ()], SHAPE, rates, 1, slots=2, column=column)
+    starts = [span.start for span in timeline.spans if span.what == "weights"]
+    assert starts[1] < 0.1 and starts[2] > 1.9
+
+
+def test_attention_is_where_its_piece_is() -> None:
+    """And what is left of the layer's time comes behind."""
+    rates = Rates(bus=1e9, gemm=1e12, other=0.5, attention=0.001)
+    timeline = simulate([(Piece(Kind.KV, 0, 100), Piece(Kind.KV, 100, 200))], SHAPE, rates, 1, slots=2)
+    rest = [span for span in timeline.spans if span.what == "rest"]
+    assert [round(span.stop - span.start, 6) for span in rest] == [0.1, 0.1, 0.3]
 
 
 def test_without_overlap_everything_adds_up() -> None:

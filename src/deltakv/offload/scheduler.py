@@ -80,15 +80,17 @@ class Rates:
 
     bus: P, bytes a second from the host. gemm: F, FLOP a second of the recomputation.
     other: t_gpu, seconds that the GPU needs for the rest of the layer, attention over all tokens included.
+    attention: what of it goes to each token of each row, for who wants to know when.
     """
 
     bus: float
     gemm: float
     other: float = 0.0
+    attention: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.bus <= 0 or self.gemm <= 0 or self.other < 0:
-            raise ConfigError(f"rates must be above 0, and `other` not below: {self}")
+        if self.bus <= 0 or self.gemm <= 0 or min(self.other, self.attention) < 0:
+            raise ConfigError(f"rates must be above 0, and `other` and `attention` not below: {self}")
 
 
 @dataclass(frozen=True, kw_only=True)
