@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import deltakv
-from deltakv.offload.profile import VERSION, TIMINGS, Profile, Timing, profile_path, seconds_of
+from deltakv.offload.profile import TIMINGS, VERSION, Profile, Timing, profile_path, seconds_of
 from deltakv.offload.scheduler import LayerShape
 from offload.made_up import SHAPE, profile
 

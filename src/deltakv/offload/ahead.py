@@ -21,21 +21,27 @@ FLOORS = ((4 << 30, 10.0), (1 << 30, 10.0), (256 << 20, 5.0))
 
 
 def page_lock(
-    nbytes: int, *, pinned: bool = True, wait: Callable[[float], None] = time.sleep, say: Callable[[str], None] = print
+    nbytes: int,
+    slab_bytes: int | None = None,
+    *,
+    wait: Callable[[float], None] = time.sleep,
+    say: Callable[[str], None] = print,
 ) -> float:
     """Takes slabs of `nbytes` in all and gives them back, for the next cache to take. Returns the seconds that took.
 
-    pinned: False on machines without a GPU, where nothing is kept. wait: sleeps. say: hears of a machine's growth.
+    slab_bytes: of each, a power of two, because torch rounds up to them; None for those of a cache in host memory.
+    wait: sleeps. say: hears of a machine's growth.
     Raises `OffloadError` if the machine has no such memory.
     """
-    host, slabs = HostMemory(pinned=pinned), list[Tensor]()
+    size = memory.SLAB_BYTES if slab_bytes is None else slab_bytes
+    host, slabs = HostMemory(pinned=True), list[Tensor]()
     start, floor = time.perf_counter(), 0
     before = memory.available_bytes()
     try:
-        for _ in range(-(-nbytes // memory.SLAB_BYTES)):
-            if not memory.POOLED[memory.SLAB_BYTES]:
-                floor = _await_room(floor, wait, nbytes, sum(slab.numel() for slab in slabs))
-            slabs.append(host.slab(memory.SLAB_BYTES))
+        for _ in range(-(-nbytes // size)):
+            if not memory.POOLED[size]:
+                floor = _await_room(floor, wait, size, nbytes, sum(slab.numel() for slab in slabs))
+            slabs.append(host.slab(size))
         taken = time.perf_counter() - start
         if nbytes > before:
             say(f"the machine had {gibibytes(before)} free and has grown to hold {gibibytes(nbytes)}")
@@ -44,13 +50,13 @@ def page_lock(
         host.release(slabs)
 
 
-def _await_room(floor: int, wait: Callable[[float], None], nbytes: int, done: int) -> int:
+def _await_room(floor: int, wait: Callable[[float], None], size: int, nbytes: int, done: int) -> int:
     """Until a slab more leaves as much free as it should. Returns the number of the floor that has to do."""
     step = 0.1
     while True:
         least, patience = FLOORS[floor]
         while patience > 0:
-            if memory.available_bytes() - memory.SLAB_BYTES >= least:
+            if memory.available_bytes() - size >= least:
                 return floor
             wait(step)
             patience -= step

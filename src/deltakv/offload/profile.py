@@ -89,11 +89,15 @@ class Profile:
             attention=attention,
         )
 
+    def numbers(self) -> dict[str, Any]:
+        """For JSON."""
+        return dataclasses.asdict(self)
+
     def save(self, path: Path) -> None:
         """Writes JSON; a reader never sees half of it."""
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f"{path.name}.{os.getpid()}")
-        part.write_text(json.dumps({"version": VERSION, **dataclasses.asdict(self)}, indent=1) + "\n", encoding="utf-8")
+        part.write_text(json.dumps({"version": VERSION, **self.numbers()}, indent=1) + "\n", encoding="utf-8")
         os.replace(part, path)
 
     @classmethod

@@ -55,6 +55,7 @@ class HostRows:
         self._lanes: Lanes | None = None
         self._device = torch.device("cpu")
         self._loads: Loads | None = None
+        self._shared = False
         self._stores: Stores | None = None
 
     def reserve(self, tokens: int) -> None:
@@ -73,8 +74,15 @@ class HostRows:
         self._settle()
         self.host, self.splitter = host, splitter
         self._loads = self._stores = None
+        self._shared = False
         if self._lanes is not None:
             self._lanes = self._make_lanes(self._device, host.overlap)
+
+    def join(self, loads: Loads) -> None:
+        """From the next step on its pieces cross through `loads`, whose owner starts them with what `jobs` gives for
+        each layer, in the order in which layers of several caches run; up to the next `change`."""
+        self._settle()
+        self._loads, self._shared = loads, True
 
     def keeps_inputs(self, layer: int) -> bool:
         """Whether `store` wants X of the step under way."""
@@ -131,7 +139,7 @@ class HostRows:
         known = self._layers[layer]
         for piece in self._pieces.get(layer, ()):
             assert self._loads is not None
-            records = self._loads.take(layer, piece)
+            records = self._loads.take(layer, piece, self)
             attention.over(*known.keys_and_values(piece.kind, records, recompute), piece.start)
             self._loads.release()
         return attention.result(sinks)
@@ -245,7 +253,7 @@ class HostRows:
         batch = len(self.rows)
         need = max(records.token_bytes for layer in self._layers.values() for records in layer.records())
         if self._loads is None or self._loads.chunk_bytes < need:
-            assert self._lanes is not None
+            assert self._lanes is not None and not self._shared, "shared chunks hold a token of every cache"
             self._loads = Loads(self._lanes, self._device, self.host.chunks, max(self.host.chunk_bytes, need))
         room = self._loads.chunk_bytes
         for index in self._order:
@@ -257,13 +265,14 @@ class HostRows:
             self._pieces[index] = pieces(
                 longest, split, max(x_tokens, 1), room // layer.kv.token_bytes, self.splitter.schedule
             )
-        self._loads.start(self._jobs())
+        if not self._shared:
+            self._loads.start(load for index in self._order for load in self.jobs(index))
 
-    def _jobs(self) -> Iterator[Load]:
-        for index, cut in self._pieces.items():
-            layer = self._layers[index]
-            for piece in cut:
-                yield Load(index, piece, layer.source(piece), layer.stored)
+    def jobs(self, layer: int) -> Iterator[Load]:
+        """What crosses for a layer in the step under way."""
+        known = self._layers[layer]
+        for piece in self._pieces[layer]:
+            yield Load(layer, piece, known.source(piece), known.stored, self)
 
     def _stores_for(self, layer: HostLayer) -> Stores:
         need = max(records.token_bytes for records in layer.records())
