@@ -117,6 +117,24 @@ def test_serial_x_crosses_behind_all_that_was_before(count: int) -> None:
             assert seen["compute"] > reads[index - 1]
 
 
+@pytest.mark.parametrize("together", [1, 2, 3])
+def test_a_round_s_x_is_all_there_before_any_is_read(together: int) -> None:
+    clock, lanes = noting()
+    records = Records(HostMemory(pinned=False), 1, 16)
+    records.ensure(40)
+    cut = pieces(40, 24, 4, 4, Schedule.SERIAL, together)
+    loads = Loads(lanes, NOWHERE, 4, 4 * 16)
+    loads.start([Load(0, p, lambda p=p: records.parts(p.start, p.stop), None) for p in cut])
+    copied: list[int] = []
+    for index, piece in enumerate(cut):
+        loads.take(0, piece)
+        copied = [moment for what, moment, _ in clock.log if what == "load copy"]
+        needed = copied[index + piece.ahead]
+        assert lanes.compute.seen["load"] > needed  # type: ignore[attr-defined]
+        loads.release()
+    assert len(copied) == len(cut)
+
+
 def test_copies_run_ahead_of_the_layers() -> None:
     """Pipelined: as many pieces are under way as there are chunks, of the next layer too."""
     clock, _ = run_loads(Schedule.PIPELINED, 3)

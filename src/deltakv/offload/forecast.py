@@ -63,6 +63,6 @@ def forecast(
         parts = predict(shape, rates, batch, length, tokens, schedule, column)
         split = dataclasses.replace(split, tokens=tokens, parts=parts, reason="" if tokens else "nothing was asked for")
     x_tokens, kv_tokens = (max(1, host.chunk_bytes // (batch * size)) for size in (shape.alpha, shape.kappa))
-    cut = pieces(length, split.tokens, x_tokens, kv_tokens, schedule)
+    cut = pieces(length, split.tokens, x_tokens, kv_tokens, schedule, host.together)
     timeline = simulate([cut] * layers, shape, rates, batch, host.chunks, overlap=host.overlap, column=column)
     return Forecast(split, timeline, rates)

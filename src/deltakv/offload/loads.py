@@ -94,8 +94,9 @@ class Loads:
                 f"layer {layer} asked for its cache out of turn; layers must run once each, in order, as they are "
                 "in the model"
             )
-        _, self._taken, records, ready = self._filled.popleft()
-        self._lanes.compute.wait(ready)
+        # Those behind are under way: there was a barrier before this piece, so every chunk was free.
+        self._lanes.compute.wait(self._filled[piece.ahead][3])
+        _, self._taken, records, _ = self._filled.popleft()
         return records
 
     def release(self) -> None:

@@ -263,7 +263,12 @@ class HostRows:
                 split = min(self.splitter.tokens(index, batch, longest), layer.x_limit, longest)
                 x_tokens = room // layer.x.token_bytes
             self._pieces[index] = pieces(
-                longest, split, max(x_tokens, 1), room // layer.kv.token_bytes, self.splitter.schedule
+                longest,
+                split,
+                max(x_tokens, 1),
+                room // layer.kv.token_bytes,
+                self.splitter.schedule,
+                self.host.together,
             )
         if not self._shared:
             self._loads.start(load for index in self._order for load in self.jobs(index))

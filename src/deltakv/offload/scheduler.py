@@ -8,7 +8,8 @@ of F FLOP/s that needs t_gpu seconds for the rest of the layer:
     serial (the paper's)    t(l) = b*l*alpha/P + max(b*l*phi/F, b*(s-l)*kappa/P)
     pipelined               t(l) = max(b*(l*alpha + (s-l)*kappa)/P, t_gpu + b*l*phi/F)
 
-The serial schedule sends all X before any K and V; the pipelined one lets X of one chunk move while another is
+Attention over what was recomputed goes with its recomputation in the first one (`Rates.attention`), and is a part of
+t_gpu in the other. The serial schedule sends all X before any K and V; the pipelined one lets X of one chunk move while another is
 recomputed. Both are convex and made of straight pieces, so the best l lies where two pieces cross, or at an end.
 
 Row by row, for latency: the weights stay on the GPU and one batch passes through all layers. Column by column, for
@@ -174,10 +175,11 @@ def _lines(
     gpu = (n * rates.other, n * recompute)
     if schedule is Schedule.PIPELINED:
         return [gpu, (first + rest + n * length * kv, n * (x - kv))]
-    # Each batch's X alone, then the longer of its recomputation and its K and V; beside the first one's recomputation
-    # the other weights cross too. What else the GPU computes hides nothing here, but it may be the bottleneck.
-    ends = [[(first, x + recompute), (first + rest + length * kv, x - kv)]]
-    ends += [[(0.0, (n - 1) * (x + recompute)), ((n - 1) * length * kv, (n - 1) * (x - kv))]]
+    # Each batch's X alone, then the longer of its recomputation, with attention over it, and its K and V; beside the
+    # first one's the other weights cross too. What else the GPU computes hides nothing here, but may take longest.
+    beside = recompute + batch * rates.attention
+    ends = [[(first, x + beside), (first + rest + length * kv, x - kv)]]
+    ends += [[(0.0, (n - 1) * (x + beside)), ((n - 1) * length * kv, (n - 1) * (x - kv))]]
     return [gpu, *((one[0] + more[0], one[1] + more[1]) for one in ends[0] for more in ends[1])]
 
 

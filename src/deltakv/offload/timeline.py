@@ -59,7 +59,8 @@ def simulate(
     """
     spans: list[Span] = []
     bus = gpu = 0.0
-    done: list[float] = []  # when the GPU is through with each piece: then its chunk is free
+    arrived: list[float] = []  # when each piece has crossed
+    done: list[float] = []  # when the GPU is through with it: then its chunk is free
     ends: list[float] = []  # when it is through with each layer
     weights = (column.first_bytes + column.rest_bytes) / rates.bus
     for layer, pieces in enumerate(layers):
@@ -69,27 +70,30 @@ def simulate(
             spans.append(Span("bus", "weights", layer, start, bus))
             gpu = max(gpu, bus)
         rest = rates.other - batch * sum(piece.tokens for piece in pieces) * rates.attention
-        for piece in [piece for _ in range(column.batches) for piece in (*pieces, None)]:
-            if piece is None:  # the end of a batch's turn
-                begin = max(gpu, bus) if pieces else gpu
-                gpu = begin + max(rest, 0.0)
-                spans.append(Span("GPU", "rest", layer, begin, gpu))
-                continue
-            is_x = piece.kind is Kind.X
-            wait = done[-slots] if len(done) >= slots else 0.0
-            if piece.barrier and done:
-                wait = max(wait, done[-1])
-            if not overlap:
-                wait = max(wait, gpu)
-            start = max(bus, wait)
-            bus = start + batch * piece.tokens * (shape.alpha if is_x else shape.kappa) / rates.bus
-            spans.append(Span("bus", piece.kind.value, layer, start, bus))
-            begin = max(gpu, bus)
-            gpu = begin + batch * piece.tokens * (shape.phi / rates.gemm if is_x else 0.0)
-            spans.append(Span("GPU", "recompute", layer, begin, gpu))
-            spans.append(Span("GPU", "rest", layer, gpu, gpu + batch * piece.tokens * rates.attention))
+        for _ in range(column.batches):
+            first = len(done)
+            for piece in pieces:
+                while len(arrived) <= len(done) + piece.ahead:
+                    number = len(arrived)
+                    coming = pieces[number - first]
+                    wait = done[number - slots] if number >= slots else 0.0
+                    if coming.barrier and number:
+                        wait = max(wait, done[number - 1])
+                    if not overlap:
+                        wait = max(wait, gpu)
+                    size = shape.alpha if coming.kind is Kind.X else shape.kappa
+                    start = max(bus, wait)
+                    bus = start + batch * coming.tokens * size / rates.bus
+                    spans.append(Span("bus", coming.kind.value, layer, start, bus))
+                    arrived.append(bus)
+                begin = max(gpu, arrived[len(done) + piece.ahead])
+                gpu = begin + batch * piece.tokens * (shape.phi / rates.gemm if piece.kind is Kind.X else 0.0)
+                spans.append(Span("GPU", "recompute", layer, begin, gpu))
+                spans.append(Span("GPU", "rest", layer, gpu, gpu + batch * piece.tokens * rates.attention))
+                gpu = spans[-1].stop
+                done.append(gpu)
+            spans.append(Span("GPU", "rest", layer, gpu, gpu + max(rest, 0.0)))
             gpu = spans[-1].stop
-            done.append(gpu)
         ends.append(gpu)
     return Timeline(tuple(span for span in spans if span.stop > span.start))
 
