@@ -1,12 +1,15 @@
 # The parts of gpu.sh that keep K and V in host memory (KVPR); it defines `bench` and sources this file.
-# Memory on the host, page-locked: 32x2k and 8x8k of opt-6.7b 55 GB, then 73 GB for transformers' own; qwen 16 GB;
-# opt-13b 112 GB; memory 55 GB; mixed 12 GB. PYTORCH_CUDA_ALLOC_CONF=pinned_use_cuda_host_register:True,
+# Memory on the host, page-locked: 32x2k and 8x8k of opt-6.7b 52 GB, then 73 GB for transformers' own; qwen 16 GB;
+# opt-13b 112 GB; memory 52 GB; mixed 10 GB. PYTORCH_CUDA_ALLOC_CONF=pinned_use_cuda_host_register:True,
 # pinned_num_register_threads:8 lets several cores page-lock it, where that is slow (offload-smoke tells).
 opt=(offload --model opt-6.7b --dtype float16)
 variants() { for name in "$@"; do printf -- '--variant %s ' "$name"; done; }
 offload_part() {
   case $1 in
-    offload-smoke) # everything once, small: 2 minutes, 8 GB on the host
+    offload-tests)
+      python3 -m pytest -q -p no:cacheprovider -n 8 -m gpu tests/gpu/test_offload.py tests/ops/test_partial_attention.py \
+        --junitxml "$out/$day-offload-tests.xml" || failed=1 ;;
+    offload-smoke) # everything once, small: 3 minutes, 16 GB on the host
       grep -E 'MemTotal|MemAvailable' /proc/meminfo
       tiny=(--model tiny --dtype float16 --num-iters 2 --chunk-mib 0.25)
       bench smoke-tiny offload "${tiny[@]}" --batch 4 --context 400 \

@@ -29,7 +29,7 @@ def offload_memory(
         str, typer.Option("--input-len", "--context", help="Lengths that the rows grow to, ascending, commas between.")
     ] = "2000,4000,8000,16000,32000",
     batch_size: Annotated[int, typer.Option("--batch-size", "--batch", min=1, help="Rows.")] = 2,
-    columns: Annotated[int, typer.Option(min=1, help="Columns of a forward of the prompt.")] = 500,
+    columns: Annotated[int, typer.Option(min=1, help="Columns of a forward of the prompt.")] = 1000,
     recompute: Recompute = 1.0,
     chunk_mib: ChunkMib = 4,
     chunks: Chunks = 8,

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from deltakv.errors import OffloadError
 
-#: The largest slab; the first ones are smaller, so that a short row does not take much.
-SLAB_BYTES = 64 << 20
+#: The largest slab: as large as a copy must be for the bus to be at its best, and no larger, because each layer of each
+#: cache wastes half of one. The first ones are smaller, so that a short row does not take much.
+SLAB_BYTES = 16 << 20
 LEAST_SLAB_BYTES = 1 << 16
 
 

@@ -9,8 +9,9 @@ of F FLOP/s that needs t_gpu seconds for the rest of the layer:
     pipelined               t(l) = max(b*(l*alpha + (s-l)*kappa)/P, t_gpu + b*l*phi/F)
 
 Attention over what was recomputed goes with its recomputation in the first one (`Rates.attention`), and is a part of
-t_gpu in the other. The serial schedule sends all X before any K and V; the pipelined one lets X of one chunk move while another is
-recomputed. Both are convex and made of straight pieces, so the best l lies where two pieces cross, or at an end.
+t_gpu in the other. The serial schedule sends all X before any K and V; the pipelined one lets X of one chunk move while
+another is recomputed. Both are convex and made of straight pieces, so the best l lies where two pieces cross, or at an
+end.
 
 Row by row, for latency: the weights stay on the GPU and one batch passes through all layers. Column by column, for
 throughput: a layer's weights are in host memory too, cross once, and serve several batches; W_K and W_V come first,
