@@ -161,6 +161,7 @@ class OffloadBench:
         made = torch.randn((self.batch, heads, self.length, dim), dtype=self.model.dtype, device=self.model.device)
         for layer in cache.layers:
             layer.keys, layer.values = (_in_host(made, room) for _ in range(2))
+        cache.layers[0].prefetch()  # as the last layer of a step before would have
         self._clock.wait()
 
     def _hosted(self, names: Sequence[str]) -> None:
