@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Measures what benchmarks/README.md says of a GPU, part by part, each a few minutes:
 #   bash benchmarks/gpu.sh FOLDER tests|steps-7b|steps-1.5b|average|ragged|ops|slope|crossover|generate-1.5b|generate-7b ...
+#   bash benchmarks/gpu.sh FOLDER offload-smoke|offload-opt-6.7b|offload-qwen|offload-13b|offload-memory|offload-mixed
 # Results are JSON (and pictures) in FOLDER; benchmarks/results/ keeps those that are published.
 set -uo pipefail
 out=$1; shift
@@ -11,6 +12,7 @@ bench() { local name=$card-$1; shift; echo "== $name"; python3 -m deltakv bench 
 # The paper's settings, with one sink page: layers 0 and 1 in full, 2, 14 and 22 pick.
 methods=(--method full --method delta)
 failed=0
+source "$(dirname "$0")/gpu_offload.sh"
 for part in "$@"; do
   case $part in
     tests)
@@ -41,6 +43,7 @@ for part in "$@"; do
       done ;;
     generate-*)
       bench "$part" generate --model "r1-distill-qwen-${part#generate-}" --batch-size 64 --output-len 16000 "${methods[@]}" ;;
+    offload-*) offload_part "$part" || { echo "no such part: $part"; failed=1; } ;;
     *) echo "no such part: $part"; failed=1 ;;
   esac
 done

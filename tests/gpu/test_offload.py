@@ -131,6 +131,65 @@ def test_device_memory_is_flat(tiny_model: Any) -> None:
     assert peaks[1] <= 1.02 * peaks[0] + own
 
 
+@pytest.mark.parametrize("kind", ["opt", "llama_mha", "qwen2"])
+@pytest.mark.parametrize("schedule", ["pipelined", "serial"])
+def test_the_host_waits_for_nothing_in_a_decode_step(tiny_model: Any, kind: str, schedule: str) -> None:
+    """Of rows of one length: it runs ahead, and the bus always has the next piece."""
+    from deltakv.bench.clock import no_syncs
+
+    model, ids = tiny_model(kind).cuda(), batch_of(300, 300)["input_ids"]
+    options = {**SMALL, "recompute": 0.6, "schedule": schedule}
+    with torch.no_grad(), deltakv.apply(model, deltakv.Full(), kv_device=deltakv.Host(**options)) as handle:
+        cache = handle.new_cache(max_length=310)
+        model(ids, past_key_values=cache)
+        model(ids[:, :1], past_key_values=cache)  # what is compiled or taken once
+        with no_syncs(torch.device("cuda")):
+            model(ids[:, :1], past_key_values=cache)
+
+
+@pytest.mark.parametrize("kind", ["opt", "llama_mha"])
+@pytest.mark.parametrize("schedule", ["pipelined", "serial"])
+def test_batches_column_by_column(tiny_model: Any, timing: str, kind: str, schedule: str) -> None:
+    """Weights in host memory, two layers at a time on the device: every batch gets the stock model's logits."""
+    from deltakv.integrations.hf.column import Column
+
+    model, steps = tiny_model(kind).cuda(), 6
+    prompts = [batch_of(90, 90)["input_ids"], batch_of(40, 40, 40)["input_ids"]]
+    with torch.no_grad():
+        whole = [torch.cat([ids, ids[:, :steps]], dim=1) for ids in prompts]
+        expected = [model(ids).logits[:, -steps:] for ids in whole]
+        where = deltakv.Host(**SMALL, recompute=0.6, schedule=schedule)
+        with deltakv.apply(model, deltakv.Full(), kv_device=where, fuse=False) as handle:
+            caches = [handle.new_cache(max_length=100) for _ in prompts]
+            for cache, ids in zip(caches, prompts, strict=True):
+                model(ids, past_key_values=cache)
+            column = Column(handle, caches)
+            for step in range(steps):
+                logits = column.step([ids[:, step : step + 1] for ids in prompts])
+                for ours, stock in zip(logits, expected, strict=True):
+                    torch.testing.assert_close(ours[:, 0], stock[:, step], atol=1e-4, rtol=0)
+            column.remove()
+        torch.testing.assert_close(model(whole[0]).logits[:, -steps:], expected[0], atol=1e-4, rtol=0)
+
+
+def test_what_is_page_locked_ahead_is_what_the_cache_takes(tiny_model: Any) -> None:
+    """Nothing more is page-locked for it, and what is given back goes to the system when that is asked for."""
+    from deltakv.offload import memory
+    from deltakv.offload.ahead import page_lock
+
+    memory.empty_pool()
+    held = torch.cuda.host_memory_stats()["allocated_bytes.current"]
+    page_lock(16 * memory.SLAB_BYTES)
+    ahead = torch.cuda.host_memory_stats()["allocated_bytes.current"] - held
+    assert ahead == 16 * memory.SLAB_BYTES == memory.pooled_bytes()
+    records = memory.Records(memory.HostMemory(pinned=True), 1, 1 << 20)
+    records.ensure((16 * memory.SLAB_BYTES >> 20) - 6)  # slabs of that size from the first on
+    assert torch.cuda.host_memory_stats()["allocated_bytes.current"] - held == ahead
+    records.release()
+    memory.empty_pool()
+    assert torch.cuda.host_memory_stats()["allocated_bytes.current"] <= held
+
+
 def test_host_memory_does_not_grow(tiny_model: Any) -> None:
     """Mixed requests, one after the other: what torch holds of page-locked memory settles."""
     model, held = tiny_model("opt").cuda(), []

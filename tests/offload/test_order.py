@@ -19,6 +19,7 @@ from deltakv.offload.memory import HostMemory, Records
 from deltakv.offload.pieces import Kind, Piece, pieces
 from deltakv.offload.scheduler import Schedule
 from deltakv.offload.stores import Places, Stores
+from deltakv.offload.weights import HostWeights
 
 NOWHERE = torch.device("cpu")
 
@@ -117,6 +118,24 @@ def test_serial_x_crosses_behind_all_that_was_before(count: int) -> None:
             assert seen["compute"] > reads[index - 1]
 
 
+@pytest.mark.parametrize("together", [1, 2, 3])
+def test_a_round_s_x_is_all_there_before_any_is_read(together: int) -> None:
+    clock, lanes = noting()
+    records = Records(HostMemory(pinned=False), 1, 16)
+    records.ensure(40)
+    cut = pieces(40, 24, 4, 4, Schedule.SERIAL, together)
+    loads = Loads(lanes, NOWHERE, 4, 4 * 16)
+    loads.start([Load(0, p, lambda p=p: records.parts(p.start, p.stop), None) for p in cut])
+    copied: list[int] = []
+    for index, piece in enumerate(cut):
+        loads.take(0, piece)
+        copied = [moment for what, moment, _ in clock.log if what == "load copy"]
+        needed = copied[index + piece.ahead]
+        assert lanes.compute.seen["load"] > needed  # type: ignore[attr-defined]
+        loads.release()
+    assert len(copied) == len(cut)
+
+
 def test_copies_run_ahead_of_the_layers() -> None:
     """Pipelined: as many pieces are under way as there are chunks, of the next layer too."""
     clock, _ = run_loads(Schedule.PIPELINED, 3)
@@ -151,6 +170,18 @@ def test_an_unexpected_piece() -> None:
         loads.take(5, Piece(Kind.KV, 0, 4))
 
 
+def test_another_cache_s_piece() -> None:
+    """Of caches that share chunks, whose pieces look alike."""
+    _, lanes = noting()
+    records = Records(HostMemory(pinned=False), 1, 16)
+    records.ensure(4)
+    loads, piece = Loads(lanes, NOWHERE, 2, 64), Piece(Kind.KV, 0, 4)
+    loads.start([Load(0, piece, lambda: records.parts(0, 4), None, owner) for owner in ("one", "other")])
+    with pytest.raises(deltakv.OffloadError, match="out of turn"):
+        loads.take(0, piece, "other")
+    loads.take(0, piece, "one")
+
+
 @pytest.mark.parametrize(
     "places",
     [Places([0, 0], [9, 9], [0, 0]), Places([7, 7], [5, 3], [0, 2]), Places([7, 4], [1, 1], [0, 0])],
@@ -181,6 +212,30 @@ def test_what_is_stored_is_copied_behind_what_made_it(places: Places) -> None:
     whole = torch.cat(records.parts(0, 20))
     for row, (past, count, first) in enumerate(zip(places.past, places.counts, places.first, strict=True)):
         assert torch.equal(whole[past : past + count, row], new[first : first + count, row])
+
+
+def test_weights_cross_behind_the_layer_whose_place_they_take() -> None:
+    """And the layer's work waits for them."""
+    clock, lanes = noting()
+    layers = [[torch.nn.Parameter(torch.randn(30, 20)), torch.nn.Parameter(torch.randn(7))] for _ in range(5)]
+    expected = [[weight.detach().clone() for weight in weights] for weights in layers]
+    held = HostWeights(layers, lanes, HostMemory(pinned=False))
+    loads = Loads(lanes, NOWHERE, 2, 64)
+    ends: list[int] = []
+    for step in range(2):  # the second one takes over the places of the first
+        held.begin()
+        loads.start(held.fetch(layer) for layer in range(5))
+        for number, weights in enumerate(layers):
+            held.wait(number)
+            copies = [(moment, detail[2]) for what, moment, detail in clock.log if what == "load copy"]
+            moment, seen = copies[5 * step + number]
+            assert lanes.compute.seen["load"] > moment  # type: ignore[attr-defined]
+            if len(ends) >= 2:
+                assert moment > ends[-2] and seen["compute"] > ends[-2]
+            assert all(torch.equal(one, other) for one, other in zip(weights, expected[number], strict=True))
+            ends.append(clock.note("read"))
+            held.end()
+            loads.proceed()
 
 
 def test_one_memory_needs_one_lane() -> None:

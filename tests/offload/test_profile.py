@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import deltakv
-from deltakv.offload.profile import TIMINGS, Profile, Timing, profile_path, seconds_of
+from deltakv.offload.profile import TIMINGS, VERSION, Profile, Timing, profile_path, seconds_of
 from deltakv.offload.scheduler import LayerShape
 from offload.made_up import SHAPE, profile
 
@@ -51,7 +51,7 @@ def test_a_file_and_back(tmp_path: Path) -> None:
 
 
 def broken(change: Any) -> str:
-    data = json.loads(json.dumps({"version": 1, **profile().__dict__}, default=lambda timing: timing.__dict__))
+    data = json.loads(json.dumps({"version": VERSION, **profile().__dict__}, default=lambda timing: timing.__dict__))
     change(data)
     return json.dumps(data)
 

@@ -28,6 +28,7 @@ rates = st.builds(
     bus=st.floats(1e6, 1e12),
     gemm=st.floats(1e9, 1e15),
     other=st.one_of(st.just(0.0), st.floats(1e-6, 0.1)),
+    attention=st.one_of(st.just(0.0), st.floats(1e-9, 1e-4)),
 )
 columns = st.one_of(
     st.just(ROW),
@@ -39,13 +40,14 @@ def brute(shape: LayerShape, rates: Rates, b: int, s: int, l: int, schedule: Sch
     """The time as the issue and the paper write it, batch by batch."""
     x, kv = b * l * shape.alpha / rates.bus, b * (s - l) * shape.kappa / rates.bus
     recompute = b * l * 4 * shape.hidden * shape.kv_heads * shape.head_dim / rates.gemm
+    beside = recompute + b * l * rates.attention
     gpu = sum(rates.other + recompute for _ in range(column.batches))
     weights = (column.first_bytes / rates.bus, column.rest_bytes / rates.bus)
     if schedule is Schedule.PIPELINED:
         return max(sum(weights) + sum(x + kv for _ in range(column.batches)), gpu)
     total = weights[0]
     for batch in range(column.batches):
-        total += x + max(recompute, kv + (weights[1] if batch == 0 else 0.0))
+        total += x + max(beside, kv + (weights[1] if batch == 0 else 0.0))
     return max(total, gpu)
 
 

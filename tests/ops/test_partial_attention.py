@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from triton_ops import DTYPES, ON_GPU
 
 from deltakv.ops.partial_attention import merge
 from deltakv.ops.partial_attention.batched import partial_attention as batched
@@ -93,3 +95,51 @@ def test_any_strides(version: Callable[..., Any]) -> None:
     views = (record[..., :32].unflatten(-1, (2, 16)), record[..., 32:64].unflatten(-1, (2, 16)))
     for ours, expected in zip(version(q, *views, 0.25), version(q, k, v, 0.25), strict=True):
         torch.testing.assert_close(ours, expected)
+
+
+def accumulated(version: str, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """`accumulate` in that version: out and lse, which it changes; in Triton on the GPU or in its interpreter."""
+    module = importlib.import_module(f"deltakv.ops.partial_attention.{version}")
+    moved = [x.cuda() if ON_GPU and isinstance(x, Tensor) else x for x in arguments]
+    module.accumulate(*moved)
+    return moved[4].cpu(), moved[5].cpu()
+
+
+SHAPES = [(2, 4, 1, 16), (3, 2, 3, 64), (1, 1, 20, 80), (2, 3, 1, 128)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("version", ["naive", "batched", "triton"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "kv", "group", "dim"), SHAPES)
+def test_accumulated_on_the_gpu(version: str, dtype: torch.dtype, rows: int, kv: int, group: int, dim: int) -> None:
+    check_accumulated(version, dtype, rows, kv, group, dim, (0, 64, 65, 301, 1000))
+
+
+@pytest.mark.parametrize("version", ["naive", "batched", "triton"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "kv", "group", "dim"), SHAPES)
+def test_accumulated(version: str, dtype: torch.dtype, rows: int, kv: int, group: int, dim: int) -> None:
+    check_accumulated(version, dtype, rows, kv, group, dim, (0, 16, 17, 70))
+
+
+def check_accumulated(
+    version: str, dtype: torch.dtype, rows: int, kv: int, group: int, dim: int, edges: tuple[int, ...]
+) -> None:
+    """Piece by piece, from rows that differ in length (one of none), against the whole; what no row has is NaN, and K
+    and V lie as in a record."""
+    q, k, v = (x.to(dtype) for x in inputs(rows, kv, group, 1, edges[-1], dim))
+    lengths = torch.tensor([edges[-1], 0, edges[-1] - 20][:rows])
+    seen = torch.arange(edges[-1]) < lengths[:, None]
+    k[~seen.T], v[~seen.T] = float("nan"), float("nan")
+    record = torch.cat([k.flatten(2), v.flatten(2), torch.full((len(k), rows, 8), float("nan"), dtype=dtype)], dim=-1)
+    width = kv * dim
+    k, v = (record[..., at : at + width].unflatten(-1, (kv, dim)) for at in (0, width))
+    out, lse = torch.zeros(rows, kv * group, 1, dim), torch.full((rows, kv * group, 1), float("-inf"))
+    for start, stop in itertools.pairwise(edges):
+        some = None if bool(seen[:, start:stop].all()) else lengths
+        out, lse = accumulated(version, q, k[start:stop], v[start:stop], dim**-0.5, out, lse, start, some)
+    exact = naive(q.float(), k.float(), v.float(), dim**-0.5, seen[:, None, None])
+    rounding = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
+    torch.testing.assert_close(out, exact[0], atol=rounding, rtol=rounding)
+    torch.testing.assert_close(lse, exact[1], atol=1e-4, rtol=1e-4)

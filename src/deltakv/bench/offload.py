@@ -3,80 +3,46 @@
 from __future__ import annotations
 
 import dataclasses
-import statistics
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import deltakv
+from deltakv.bench.offload_steps import Clock, Measured, prefill, prompt
+from deltakv.bench.random_model import kv_shape
 from deltakv.config import Full
-from deltakv.errors import InputError
+from deltakv.errors import InputError, OffloadError
+from deltakv.integrations.hf.shapes import layer_shape
+from deltakv.offload import memory
+from deltakv.offload.ahead import page_lock
 from deltakv.offload.config import Host
 from deltakv.offload.forecast import Forecast, forecast
 from deltakv.offload.planner import FixedShare
 from deltakv.offload.profile import Profile
 from deltakv.offload.scheduler import LayerShape, Schedule
-from deltakv.offload.timeline import Timeline
 
 #: On the device; nothing beside the copies; transformers' own offloaded cache; copies beside the layers, all K and V
-#: (what FlexGen does); KVPR as in the paper; KVPR in chunks.
-VARIANTS = ("device", "naive", "transformers", "overlapped", "serial", "pipelined")
-#: Those that share one cache in host memory.
-HOSTED = ("naive", "overlapped", "serial", "pipelined")
-#: Tokens of all rows together in one forward of the prompt.
-PREFILL_TOKENS = 16384
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One variant. step_seconds: of each timed step. forecast: what was predicted, for variants in host memory.
-    moved: bytes a step that crossed to the device. gpu_busy: the share of a step in which it computed, or None.
-    failed: why there are no numbers, or ""."""
-
-    name: str
-    step_seconds: list[float]
-    forecast: Forecast | None = None
-    moved: int = 0
-    gpu_busy: float | None = None
-    device_peak: int | None = None
-    failed: str = ""
-
-    @property
-    def seconds(self) -> float | None:
-        """The median step."""
-        return statistics.median(self.step_seconds) if self.step_seconds else None
-
-    def numbers(self) -> dict[str, Any]:
-        """For JSON."""
-        seconds = self.seconds
-        predicted = self.forecast.timeline.seconds if self.forecast else None
-        return {
-            "variant": self.name,
-            "step_seconds": seconds,
-            "all_step_seconds": self.step_seconds,
-            "predicted_seconds": predicted,
-            "measured_to_predicted": seconds / predicted if seconds and predicted else None,
-            "moved_bytes": self.moved,
-            "moved_bytes_per_s": self.moved / seconds if seconds else None,
-            "gpu_busy": self.gpu_busy,
-            "device_peak_bytes": self.device_peak,
-            "forecast": self.forecast.numbers() if self.forecast else None,
-            "failed": self.failed,
-        }
+#: (what FlexGen does); KVPR as in the paper; KVPR in chunks; all K and V in 8 bits, and in 4.
+VARIANTS = ("device", "naive", "transformers", "overlapped", "serial", "pipelined", "int8", "int4")
+#: Those in host memory; those with as many bits share one cache.
+HOSTED = ("naive", "overlapped", "serial", "pipelined", "int8", "int4")
+#: What runs if nothing is said.
+DEFAULT = VARIANTS[:6]
 
 
 def hosts(base: Host) -> dict[str, Host]:
     """The variants in host memory, by name."""
+    moving = dataclasses.replace(base, schedule="pipelined", recompute=0.0)
     return {
-        "naive": dataclasses.replace(base, schedule="pipelined", recompute=0.0, overlap=False),
-        "overlapped": dataclasses.replace(base, schedule="pipelined", recompute=0.0),
+        "naive": dataclasses.replace(moving, overlap=False),
+        "overlapped": moving,
         "serial": dataclasses.replace(base, schedule="serial"),
         "pipelined": dataclasses.replace(base, schedule="pipelined"),
+        "int8": dataclasses.replace(moving, bits=8),
+        "int4": dataclasses.replace(moving, bits=4),
     }
 
 
@@ -84,148 +50,167 @@ def hosts(base: Host) -> dict[str, Host]:
 class OffloadBench:
     """One run on a model to which nothing is applied.
 
-    shape, profile: of its layers. base: chunks, bits, pinning of all variants in host memory.
+    profile: of its layers. base: chunks, bits, pinning of all variants in host memory.
     batch, length: rows and tokens of the prompt. steps: timed ones, after one that warms up. say: hears which variant
-    begins.
+    begins. found: hears of all results after each variant, so that none is lost with a later one.
     """
 
     model: Any
-    shape: LayerShape
     profile: Profile
     base: Host
     batch: int
     length: int
     steps: int
     say: Callable[[str], None] = lambda message: None
+    found: Callable[[list[Measured]], None] = lambda results: None
+    pin_seconds: float = 0.0
+    pinned_bytes: int = 0
+    _results: dict[str, Measured] = field(default_factory=dict)
 
     def run(self, variants: Sequence[str]) -> list[Measured]:
-        """Every variant in `variants`, in the order of `VARIANTS`. Raises `InputError` for an unknown one."""
+        """Every variant in `variants`; those with caches of their own last. In the order of `VARIANTS`.
+
+        A variant that does not fit is a result that says so. Raises `InputError` for an unknown one.
+        """
         if unknown := [name for name in variants if name not in VARIANTS]:
             raise InputError(f"unknown variant {unknown[0]!r}; allowed are {', '.join(VARIANTS)}")
-        results: dict[str, Measured] = {}
+        by_bits: dict[int, list[str]] = {}
+        for name in HOSTED:
+            if name in variants:
+                by_bits.setdefault(hosts(self.base)[name].bits, []).append(name)
         with torch.no_grad():
-            for name in ("device", "transformers"):
+            for names in by_bits.values():
+                self._attempt(names, lambda names=names: self._hosted(names))  # type: ignore[misc]
+            if self._clock.cuda:
+                memory.empty_pool()
+            for name, run in (("device", self._device), ("transformers", self._transformers)):
                 if name in variants:
                     self.say(name)
-                    results[name] = self._alone(name)
-            if any(name in HOSTED for name in variants):
-                results |= self._hosted([name for name in HOSTED if name in variants])
-        return [results[name] for name in VARIANTS if name in results]
+                    # What transformers page-locks is refused by CUDA itself, in words of its own.
+                    self._attempt([name], run, RuntimeError)
+        return self._sorted()
+
+    def shape(self, name: str) -> LayerShape:
+        return layer_shape(self.model.config, self.model.dtype, hosts(self.base)[name].bits)
 
     def predicted(self, name: str) -> Forecast:
         """What a variant in host memory should take for its first timed step."""
         host = hosts(self.base)[name]
         tokens = None if host.recompute == "auto" else int(float(host.recompute) * self.length)
-        layers = self.model.config.num_hidden_layers
-        return forecast(self.shape, self.profile, host, layers, self.batch, self.length, tokens=tokens)
+        return forecast(self.shape(name), self.profile, host, self._layers, self.batch, self.length, tokens=tokens)
 
-    def _alone(self, name: str) -> Measured:
-        """A variant with a cache of its own, gone afterwards."""
+    @property
+    def _layers(self) -> int:
+        return int(self.model.config.num_hidden_layers)
+
+    @property
+    def _clock(self) -> Clock:
+        return Clock(self.model.device, self._layers)
+
+    def _sorted(self) -> list[Measured]:
+        return [self._results[name] for name in VARIANTS if name in self._results]
+
+    def _note(self, result: Measured) -> None:
+        self._results[result.name] = result
+        self.found(self._sorted())
+
+    def _attempt(
+        self, names: Sequence[str], run: Callable[[], None], refusal: type[Exception] = torch.OutOfMemoryError
+    ) -> None:
+        """What does not fit is noted, and the others go on."""
+        try:
+            run()
+        except (refusal, OffloadError) as error:
+            for name in names:
+                if name not in self._results:
+                    self._note(Measured(name, [], failed=f"does not fit: {str(error).splitlines()[0]}"))
+        if self._clock.cuda:
+            torch.cuda.empty_cache()
+
+    def _device(self) -> None:
+        with self._clock.peak() as peak, deltakv.apply(self.model, Full()) as handle:
+            cache = handle.new_cache(max_length=self.length + self.steps + 2)
+            prefill(self.model, cache, prompt(self.model.config, self.batch, self.length))
+            taken, busy, _ = self._decode(cache)
+            self._note(Measured("device", taken, gpu_busy=busy, device_peak=peak()))
+
+    def _transformers(self) -> None:
         from transformers import DynamicCache
 
-        try:
-            with self._peak() as peak:
-                if name == "device":
-                    with deltakv.apply(self.model, Full()) as handle:
-                        cache: Any = handle.new_cache(max_length=self.length + self.steps + 2)
-                        self._prefill(cache)
-                        taken, busy = self._decode(cache)
-                else:
-                    cache = DynamicCache(config=self.model.config, offloading=self.model.device.type == "cuda")
-                    self._prefill(cache)
-                    taken, busy = self._decode(cache)
-            return Measured(name, taken, gpu_busy=busy, device_peak=peak())
-        except torch.OutOfMemoryError as error:
-            return Measured(name, [], failed=f"does not fit the device: {str(error).splitlines()[0]}")
-        finally:
-            cache = None
-            if self.model.device.type == "cuda":
-                torch.cuda.empty_cache()
+        cache = DynamicCache(config=self.model.config, offloading=self._clock.cuda)
+        with self._clock.peak() as peak:
+            self._fill(cache)
+            taken, busy, _ = self._decode(cache)
+            self._note(Measured("transformers", taken, gpu_busy=busy, device_peak=peak()))
+        del cache
+        if self._clock.cuda:
+            memory.empty_pool()
 
-    def _hosted(self, names: Sequence[str]) -> dict[str, Measured]:
-        """All variants in host memory, on one cache: what lies there is the same for all."""
+    def _fill(self, cache: Any) -> None:
+        """On a GPU at random: from prompt to prompt that cache would page-lock memory of every size anew."""
+        ids = prompt(self.model.config, self.batch, self.length)
+        if not self._clock.cuda:
+            prefill(self.model, cache, ids)
+            return
+        prefill(self.model, cache, ids[:, :1])  # its layers then know where they are
+        self._clock.wait()
+        heads, dim = kv_shape(self.model.config)
+        room = self.batch * heads * (self.length + self.steps + 3) * dim * self.model.dtype.itemsize
+        size = 1 << (room - 1).bit_length()  # what torch makes of it
+        page_lock((2 * self._layers + 4) * size, size)
+        made = torch.randn((self.batch, heads, self.length, dim), dtype=self.model.dtype, device=self.model.device)
+        for layer in cache.layers:
+            layer.keys, layer.values = (_in_host(made, room) for _ in range(2))
+        cache.layers[0].prefetch()  # as the last layer of a step before would have
+        self._clock.wait()
+
+    def _hosted(self, names: Sequence[str]) -> None:
+        """Variants in host memory, on one cache: what lies there is the same for all."""
         forecasts = {name: self.predicted(name) for name in names}
         most = max(found.split.share for found in forecasts.values())
-        widest = dataclasses.replace(self.base, recompute=most, overlap=True)
-        results = {}
+        widest = dataclasses.replace(hosts(self.base)[names[0]], schedule="pipelined", recompute=most, overlap=True)
+        self._page_lock(self.shape(names[0]), most)
         with deltakv.apply(self.model, Full(), kv_device=widest) as handle:
             cache: Any = handle.new_cache(max_length=self.length + self.steps + 2)
-            self._prefill(cache)
+            self.say("the prompt")
+            prefill(self.model, cache, prompt(self.model.config, self.batch, self.length))
             for name in names:
-                share = forecasts[name].split.share
-                cache.host_rows.change(
-                    hosts(self.base)[name], FixedShare(share, Schedule(hosts(self.base)[name].schedule))
-                )
-                with self._peak() as peak:
-                    taken, busy = self._decode(cache)
+                self.say(name)
+                host, share = hosts(self.base)[name], forecasts[name].split.share
+                cache.host_rows.change(host, FixedShare(share, Schedule(host.schedule)))
+                with self._clock.peak() as peak:
+                    taken, busy, seen = self._decode(cache)
                 cache.crop(-(self.steps + 2))
-                split = int(share * self.length)
-                layers = self.model.config.num_hidden_layers
-                moved = layers * self.batch * (split * self.shape.alpha + (self.length - split) * self.shape.kappa)
-                results[name] = Measured(name, taken, forecasts[name], moved, busy, peak())
-        return results
+                split, shape = int(share * self.length), self.shape(name)
+                moved = self._layers * self.batch * (split * shape.alpha + (self.length - split) * shape.kappa)
+                host_bytes = cache.host_rows.host_bytes
+                self._note(Measured(name, taken, forecasts[name], moved, busy, peak(), host_bytes, seen))
+            cache.reset()
 
-    def _prefill(self, cache: Any) -> None:
-        made = torch.Generator().manual_seed(0)
-        vocabulary = self.model.config.vocab_size
-        ids = torch.randint(3, vocabulary, (self.batch, self.length), generator=made)
-        for chunk in ids.split(max(1, PREFILL_TOKENS // self.batch), dim=1):
-            self.model(chunk.to(self.model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
+    def _page_lock(self, shape: LayerShape, share: float) -> None:
+        """Takes the memory of such a cache ahead, and notes how long that took."""
+        if not (self._clock.cuda and self.base.pinned):
+            return
+        longest, x = self.length + self.steps + 2, int(share * (self.length + self.steps + 2))
+        layer = memory.slabs_bytes(self.batch * shape.kappa, longest)
+        layer += memory.slabs_bytes(self.batch * shape.alpha, x) if x else 0
+        self.say("page-locking host memory")
+        kept = memory.pooled_bytes()
+        self.pin_seconds += page_lock(self._layers * layer, say=self.say)
+        self.pinned_bytes += max(self._layers * layer - kept, 0)
 
-    def _decode(self, cache: Any) -> tuple[list[float], float | None]:
-        """Seconds of `steps` steps, and the GPU's busy share in one more; `steps + 2` in all."""
-        token = torch.full((self.batch, 1), 5, device=self.model.device)
-        token, _ = self._step(cache, token)
-        taken = []
-        for _ in range(self.steps):
-            token, seconds = self._step(cache, token)
-            taken.append(seconds)
-        return taken, self._busy(cache, token)
+    def _decode(self, cache: Any) -> Any:
+        """See `Clock.steps`: each step goes on with the token of the one before."""
+        token = [torch.full((self.batch, 1), 5, device=self.model.device)]
+        return self._clock.steps(lambda: self._step(cache, token), self.steps)
 
-    def _step(self, cache: Any, token: Tensor) -> tuple[Tensor, float]:
-        start = time.perf_counter()
-        logits = self.model(token, past_key_values=cache, use_cache=True).logits
-        token = logits[:, -1].argmax(-1, keepdim=True)
-        self._wait()
-        return token, time.perf_counter() - start
-
-    def _busy(self, cache: Any, token: Tensor) -> float | None:
-        """The share of one more step in which the GPU computes; copies do not count. None on a CPU."""
-        if self.model.device.type != "cuda":
-            self._step(cache, token)
-            return None
-        from torch.profiler import ProfilerActivity, profile
-
-        with profile(activities=[ProfilerActivity.CUDA]) as seen:
-            _, seconds = self._step(cache, token)
-        spans = sorted(
-            (event.time_range.start, event.time_range.end)
-            for event in seen.events()
-            if event.device_type == torch.autograd.DeviceType.CUDA and not event.name.startswith(("Memcpy", "Memset"))
-        )
-        busy, end = 0.0, float("-inf")
-        for start, stop in spans:
-            busy += max(0.0, stop - max(start, end))
-            end = max(end, stop)
-        return busy * 1e-6 / seconds
-
-    @contextmanager
-    def _peak(self) -> Iterator[Callable[[], int | None]]:
-        """Gives a function that says the most device memory that was taken inside, weights included."""
-        cuda = self.model.device.type == "cuda"
-        if cuda:
-            torch.cuda.reset_peak_memory_stats(self.model.device)
-        yield lambda: torch.cuda.max_memory_allocated(self.model.device) if cuda else None
-
-    def _wait(self) -> None:
-        if self.model.device.type == "cuda":
-            torch.cuda.synchronize(self.model.device)
+    def _step(self, cache: Any, token: list[Tensor]) -> None:
+        """token: one tensor, int64 [batch, 1], replaced by the next one."""
+        logits = self.model(token[0], past_key_values=cache, use_cache=True).logits
+        token[0] = logits[:, -1].argmax(-1, keepdim=True)
 
 
-def timelines(results: Sequence[Measured]) -> list[tuple[str, Timeline]]:
-    """For the picture: the predicted timeline of each variant that has one, with what was measured."""
-    return [
-        (f"{result.name} (measured {result.seconds * 1e3:,.1f} ms)", result.forecast.timeline)
-        for result in results
-        if result.forecast is not None and result.seconds is not None
-    ]
+def _in_host(made: Tensor, room: int) -> Tensor:
+    """A page-locked copy, in memory that has room for `room` bytes."""
+    held = torch.empty(room // made.element_size(), dtype=made.dtype, pin_memory=True)[: made.numel()]
+    return held.view(made.shape).copy_(made, non_blocking=True)

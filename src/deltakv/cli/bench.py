@@ -11,6 +11,7 @@ import typer
 from deltakv.cli import options
 from deltakv.cli.bench_job import Job
 from deltakv.cli.bench_offload import offload
+from deltakv.cli.bench_offload_life import offload_memory, offload_mixed
 from deltakv.errors import InputError
 
 bench = typer.Typer(no_args_is_help=True, rich_markup_mode="rich")
@@ -216,3 +217,5 @@ def generate(
 
 
 bench.command()(offload)
+bench.command("offload-memory")(offload_memory)
+bench.command("offload-mixed")(offload_mixed)

@@ -62,7 +62,6 @@ def plan_offload(
     ]
     if batches > 1:
         rows.insert(1, row("weights cross", "ms a layer", [_ms(f.split.parts.weights) for f in found]))
-        rows = [r for r in rows if r[0] != "a step"]
     rates = found[-1].rates
     how = f"column by column, {batches} batches" if batches > 1 else "row by row"
     title = (
@@ -75,8 +74,7 @@ def plan_offload(
     for forecast_ in found:
         if forecast_.split.reason:
             print(f"nothing is recomputed at {forecast_.split.length:,} tokens: {forecast_.split.reason}")
-    aside = "; one batch, weights left out" if batches > 1 else ""
-    print(f"\ntwo layers at {lengths[-1]:,} tokens (X: X crosses, =: K and V, R: recomputing, o: the rest{aside})")
+    print(f"\ntwo layers at {lengths[-1]:,} tokens (W: weights, X: X, =: K and V cross, R: recomputing, o: the rest)")
     print(draw(found[-1].timeline, first=min(1, layers - 1)))
     options.write_json(
         json_file,
@@ -97,7 +95,7 @@ def plan_offload(
     if plot is not None:
         from deltakv.report.timelines import timeline_plot
 
-        moving = forecast(shape, profile, host, layers, batch, lengths[-1], tokens=0)
+        moving = forecast(shape, profile, host, layers, batch, lengths[-1], tokens=0, column=column)
         named = [("moving all K and V", moving.timeline), (f"{host.schedule}, as planned", found[-1].timeline)]
         timeline_plot(named, f"{model}, batch {batch}, {lengths[-1]:,} tokens; rates of {profile.machine}", plot)
         options.say(f"plot: {plot}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from deltakv.ops import merge, partial_attention, prefill_attention
+from deltakv.ops import accumulate, merge, partial_attention, prefill_attention
 
 #: Logits at once, in elements of fp32: 128 MiB. Queries are taken in blocks that keep to it.
 _LOGITS = 1 << 25
@@ -15,17 +15,17 @@ class Attention:
     """One layer's attention in the making: the output so far and its log-sum-exp, in fp32.
 
     query: [rows, n_heads, width, head_dim]. past: tokens of each row before these; all are visible to all new ones.
+    lengths: the same where the query is, int64 [rows], if rows differ.
     """
 
-    def __init__(self, query: Tensor, past: list[int], scale: float) -> None:
-        self._query, self._past, self._scale = query, past, scale
+    def __init__(self, query: Tensor, past: list[int], scale: float, lengths: Tensor | None = None) -> None:
+        self._query, self._past, self._scale, self._lengths = query, past, scale, lengths
         # Without a past: what full attention of the new tokens needs, all at once.
         self._new: tuple[Tensor, Tensor, Tensor] | None = None
         rows, n_heads, width, dim = query.shape
         if any(past):
             self._out = torch.zeros((rows, n_heads, width, dim), dtype=torch.float32, device=query.device)
             self._lse = torch.full((rows, n_heads, width), float("-inf"), device=query.device)
-            self._lengths = torch.tensor(past, device=query.device) if len(set(past)) > 1 else None
 
     def among_themselves(self, k: Tensor, v: Tensor, real: Tensor) -> None:
         """The new tokens, causally. k, v: [rows, kv_heads, width, head_dim]; real: bool [rows, width] on the CPU."""
@@ -35,8 +35,8 @@ class Attention:
         width = k.shape[2]
         seen = None if bool(real.all()) else real.to(k.device)
         k, v = k.permute(2, 0, 1, 3), v.permute(2, 0, 1, 3)
-        if width == 1:
-            self._add(slice(0, 1), k, v, None if seen is None else seen[:, None, None])
+        if width == 1:  # as many tokens to be seen as are there: one or none
+            self._accumulate(k, v, 0, None if seen is None else seen[:, 0].long())
             return
         for block in self._blocks(width):
             end = block.stop
@@ -48,10 +48,14 @@ class Attention:
         """The tokens from `start` on of every row, as far as a row has them. k, v: [tokens, rows, kv_heads,
         head_dim]."""
         tokens, visible = len(k), None
+        lengths = self._lengths if start + tokens > min(self._past) else None
+        if self._query.shape[2] == 1:
+            self._accumulate(k, v, start, lengths)
+            return
         if start + tokens > min(self._past):
-            assert self._lengths is not None, "rows of one length have all tokens of a piece"
+            assert lengths is not None, "rows of one length have all tokens of a piece"
             numbers = torch.arange(start, start + tokens, device=k.device)
-            visible = (numbers < self._lengths[:, None])[:, None, None]
+            visible = (numbers < lengths[:, None])[:, None, None]
         for block in self._blocks(tokens):
             self._add(block, k, v, visible)
 
@@ -67,6 +71,10 @@ class Attention:
         if sinks is not None:
             out = out * torch.sigmoid(self._lse - sinks.float()[:, None])[..., None]
         return out.to(query.dtype).transpose(1, 2)
+
+    def _accumulate(self, k: Tensor, v: Tensor, start: int, lengths: Tensor | None) -> None:
+        """One token a row: `over` in place."""
+        accumulate(self._query, k, v, self._scale, self._out, self._lse, start, lengths)
 
     def _add(self, block: slice, k: Tensor, v: Tensor, visible: Tensor | None) -> None:
         part = partial_attention(self._query[:, :, block], k, v, self._scale, visible)

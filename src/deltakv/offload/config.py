@@ -66,5 +66,10 @@ class Host:
         return max(1, int(self.chunk_mib * MEBIBYTE))
 
     @property
+    def together(self) -> int:
+        """X of a round of the serial schedule, in chunks: the other half is for the K and V that cross meanwhile."""
+        return max(1, self.chunks // 2)
+
+    @property
     def limit_bytes(self) -> int | None:
         return None if self.limit_mib is None else int(self.limit_mib * MEBIBYTE)

@@ -53,7 +53,7 @@ def forecast(
     """One decode step of `layers` such layers, for `batch` rows of `length` tokens.
 
     host: schedule, overlap and chunks. tokens: recompute so many; None for the scheduler's best.
-    column: the throughput-oriented schedule's weights, for the split; the timeline is that of one batch without them.
+    column: batches and weights of the throughput-oriented schedule.
     Raises `InputError` if the profile is of another layer shape.
     """
     schedule = Schedule(host.schedule)
@@ -63,6 +63,6 @@ def forecast(
         parts = predict(shape, rates, batch, length, tokens, schedule, column)
         split = dataclasses.replace(split, tokens=tokens, parts=parts, reason="" if tokens else "nothing was asked for")
     x_tokens, kv_tokens = (max(1, host.chunk_bytes // (batch * size)) for size in (shape.alpha, shape.kappa))
-    cut = pieces(length, split.tokens, x_tokens, kv_tokens, schedule)
-    timeline = simulate([cut] * layers, shape, rates, batch, host.chunks, overlap=host.overlap)
+    cut = pieces(length, split.tokens, x_tokens, kv_tokens, schedule, host.together)
+    timeline = simulate([cut] * layers, shape, rates, batch, host.chunks, overlap=host.overlap, column=column)
     return Forecast(split, timeline, rates)

@@ -5,25 +5,38 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from deltakv.errors import OffloadError
-from deltakv.offload.lanes import Lanes
+from deltakv.offload.lanes import Lane, Lanes
 from deltakv.offload.pieces import Piece
 
 
 @dataclass(frozen=True)
 class Load:
     """One piece on its way. source: its records in host memory, in order (`Records.parts`). after: the mark behind
-    which the host has them."""
+    which the host has them. owner: whose piece it is, where several caches share the chunks."""
 
     layer: int
     piece: Piece
     source: Callable[[], list[Tensor]]
     after: Any
+    owner: Any = None
+
+
+class Fetch(Protocol):
+    """Something else that crosses in its turn, to a place of its own: a layer's weights."""
+
+    def ready(self) -> bool:
+        """Whether the place will be free behind marks that are there already."""
+        ...
+
+    def queue(self, lane: Lane) -> None:
+        """Queues the copies."""
+        ...
 
 
 @dataclass
@@ -49,14 +62,14 @@ class Loads:
         for tensor in memory:
             lanes.load.keep(tensor)
         self._chunks = [_Chunk(tensor) for tensor in memory]
-        self._jobs: Iterator[Load] = iter(())
-        self._next: Load | None = None
+        self._jobs: Iterator[Load | Fetch] = iter(())
+        self._next: Load | Fetch | None = None
         self._free: deque[_Chunk] = deque()
         self._filled: deque[tuple[Load, _Chunk, Tensor, Any]] = deque()
         self._taken: _Chunk | None = None
         self._through: Any = None
 
-    def start(self, jobs: Iterable[Load]) -> None:
+    def start(self, jobs: Iterable[Load | Fetch]) -> None:
         """Queues a step's pieces; what is left of an earlier step, which then has failed, is forgotten."""
         self._jobs = iter(jobs)
         self._next = next(self._jobs, None)
@@ -67,17 +80,23 @@ class Loads:
             chunk.free = self._through
         self._fill()
 
-    def take(self, layer: int, piece: Piece) -> Tensor:
+    def proceed(self) -> None:
+        """Something that a `Fetch` waits for has come."""
+        self._fill()
+
+    def take(self, layer: int, piece: Piece, owner: Any = None) -> Tensor:
         """The records of the next piece, uint8 [tokens, rows, record] on the device, to be read on the model's lane
         until `release`. Raises `OffloadError` if the next piece is another one."""
         assert self._taken is None, "a piece is released before the next one is taken"
-        if not self._filled or (self._filled[0][0].layer, self._filled[0][0].piece) != (layer, piece):
+        first = self._filled[0][0] if self._filled else None
+        if first is None or (first.layer, first.piece) != (layer, piece) or first.owner is not owner:
             raise OffloadError(
                 f"layer {layer} asked for its cache out of turn; layers must run once each, in order, as they are "
                 "in the model"
             )
-        _, self._taken, records, ready = self._filled.popleft()
-        self._lanes.compute.wait(ready)
+        # Those behind are under way: there was a barrier before this piece, so every chunk was free.
+        self._lanes.compute.wait(self._filled[piece.ahead][3])
+        _, self._taken, records, _ = self._filled.popleft()
         return records
 
     def release(self) -> None:
@@ -90,8 +109,16 @@ class Loads:
 
     def _fill(self) -> None:
         """Queues copies into all free chunks; a piece behind a barrier only when all before it have been dealt with."""
-        while self._free and self._next is not None:
+        while self._next is not None:
             job, lane = self._next, self._lanes.load
+            if not isinstance(job, Load):
+                if not job.ready():
+                    return
+                job.queue(lane)
+                self._next = next(self._jobs, None)
+                continue
+            if not self._free:
+                return
             if job.piece.barrier and (self._filled or self._taken is not None):
                 return
             chunk = self._free.popleft()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import bisect
+import weakref
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -10,9 +12,14 @@ from torch import Tensor
 
 from deltakv.errors import OffloadError
 
-#: The largest slab; the first ones are smaller, so that a short row does not take much.
-SLAB_BYTES = 64 << 20
+#: The largest slab: as large as a copy must be for the bus to be at its best, and no larger, because each layer of each
+#: cache wastes half of one. The first ones are smaller, so that a short row does not take much.
+SLAB_BYTES = 16 << 20
 LEAST_SLAB_BYTES = 1 << 16
+
+
+#: Page-locked slabs that were given back, by their bytes: torch keeps them, so the system does not count them as free.
+POOLED: Counter[int] = Counter()
 
 
 class HostMemory:
@@ -24,10 +31,13 @@ class HostMemory:
     def __init__(self, *, pinned: bool, limit: int | None = None) -> None:
         self.pinned, self.limit = pinned, limit
         self.taken = 0
+        self._sizes: Counter[int] = Counter()
+        if pinned:  # a cache that is dropped gives its slabs back too
+            weakref.finalize(self, POOLED.update, self._sizes)
 
     def check(self, nbytes: int, what: str) -> None:
         """Raises `OffloadError` if `nbytes` more are not to be had. what: what they are for, in words."""
-        room = available_bytes()
+        room = available_bytes() + (pooled_bytes() if self.pinned else 0)
         if self.limit is not None:
             room = min(room, self.limit - self.taken)
         if nbytes > room:
@@ -39,7 +49,8 @@ class HostMemory:
 
     def slab(self, nbytes: int) -> Tensor:
         """uint8 [nbytes]. Raises `OffloadError` if there is no room or it cannot be page-locked."""
-        self.check(nbytes, "a slab")
+        if not (self.pinned and POOLED[nbytes] and self.limit is None):
+            self.check(nbytes, "a slab")
         try:
             with torch.inference_mode(False):  # made in inference mode, it could not be written outside of it
                 slab = torch.empty(nbytes, dtype=torch.uint8, pin_memory=self.pinned)
@@ -52,11 +63,18 @@ class HostMemory:
                 ) from None
             raise OffloadError(f"out of host memory: {gibibytes(nbytes)} were refused ({said})") from None
         self.taken += nbytes
+        if self.pinned:
+            self._sizes[nbytes] += 1
+            POOLED[nbytes] = max(POOLED[nbytes] - 1, 0)
         return slab
 
     def release(self, slabs: list[Tensor]) -> None:
         """These slabs are no longer used; torch keeps page-locked ones for the next of the same size."""
         self.taken -= sum(slab.numel() for slab in slabs)
+        if self.pinned:
+            sizes = Counter(slab.numel() for slab in slabs)
+            self._sizes.subtract(sizes)
+            POOLED.update(sizes)
 
 
 class Records:
@@ -127,6 +145,25 @@ class Records:
     def release(self) -> None:
         self._memory.release(self._slabs)
         self._slabs, self._starts, self.capacity = [], [], 0
+
+
+def pooled_bytes() -> int:
+    """Page-locked bytes that torch keeps of slabs that were given back."""
+    return sum(size * count for size, count in POOLED.items())
+
+
+def empty_pool() -> None:
+    """Gives the system back what torch keeps of page-locked memory, the slabs that were given back among it."""
+    POOLED.clear()
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()  # what copies still read is not given back
+        torch._C._host_emptyCache()
+
+
+def slabs_bytes(token_bytes: int, tokens: int) -> int:
+    """Bytes of the slabs that long rows of `tokens` tokens take, with that many bytes a token."""
+    size = max(SLAB_BYTES, _power_of_two(token_bytes))
+    return -(-tokens // (size // token_bytes)) * size
 
 
 def available_bytes() -> int:

@@ -22,7 +22,7 @@ from deltakv.folders import cache_folder
 from deltakv.offload.scheduler import LayerShape, Rates
 
 #: Changes when what is measured changes, so that older files are not taken for newer ones.
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -81,18 +81,23 @@ class Profile:
             )
         copies = self.to_device if pinned else self.to_device_pageable
         tokens = max(1, min(chunk_bytes // shape.alpha, batch * length))
-        attention = batch * length * seconds_of(self.attention, tokens) / tokens
+        attention = seconds_of(self.attention, tokens) / tokens
         return Rates(
             bus=chunk_bytes / seconds_of(copies, chunk_bytes),
             gemm=tokens * shape.phi / seconds_of(self.recompute, tokens),
-            other=seconds_of(self.rest, batch) + attention,
+            other=seconds_of(self.rest, batch) + batch * length * attention,
+            attention=attention,
         )
+
+    def numbers(self) -> dict[str, Any]:
+        """For JSON."""
+        return dataclasses.asdict(self)
 
     def save(self, path: Path) -> None:
         """Writes JSON; a reader never sees half of it."""
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f"{path.name}.{os.getpid()}")
-        part.write_text(json.dumps({"version": VERSION, **dataclasses.asdict(self)}, indent=1) + "\n", encoding="utf-8")
+        part.write_text(json.dumps({"version": VERSION, **self.numbers()}, indent=1) + "\n", encoding="utf-8")
         os.replace(part, path)
 
     @classmethod

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from deltakv.errors import OffloadError
+from deltakv.offload.codecs import InputCodec, PlainCodec
 from deltakv.offload.layer import Recompute
 from deltakv.offload.memory import available_bytes, gibibytes
 from deltakv.offload.profile import Profile, Timing
 from deltakv.offload.scheduler import LayerShape
-from deltakv.ops import partial_attention
+from deltakv.ops import accumulate
 
 #: Bytes of the copies: from what a single token takes to what a chunk does.
 COPIES = tuple(1 << power for power in range(12, 28, 3))
@@ -57,15 +58,18 @@ def measure(
     pageable = _copies(device, copies, pinned=False)
 
     def recomputing(count: int) -> Callable[[], object]:
+        inputs = InputCodec(shape.hidden, dtype)
         x = torch.randn((count, 1, shape.hidden), dtype=dtype, device=device)
-        positions = torch.arange(count, device=device)[:, None]
-        return lambda: recompute(x, positions)
+        records = inputs.encode(x, torch.arange(count, device=device)[:, None])  # as they arrive, side by side
+        return lambda: recompute(*inputs.decode(records))
 
     def attending(count: int) -> Callable[[], object]:
-        batch = min(count, 8)
+        batch, plain = min(count, 8), PlainCodec(shape.kv_heads, shape.head_dim, dtype)
         q = torch.randn((batch, heads, 1, shape.head_dim), dtype=dtype, device=device)
         k = torch.randn((count // batch, batch, shape.kv_heads, shape.head_dim), dtype=dtype, device=device)
-        return lambda: partial_attention(q, k, k, 1.0)
+        k, v = plain.decode(plain.encode(k, k))
+        out, lse = torch.zeros(q.shape, device=device), torch.full(q.shape[:3], float("-inf"), device=device)
+        return lambda: accumulate(q, k, v, 1.0, out, lse)
 
     with torch.no_grad():
         return Profile(

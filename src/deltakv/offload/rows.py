@@ -50,10 +50,12 @@ class HostRows:
         self._layers: dict[int, HostLayer] = {}
         self._pieces: dict[int, tuple[Piece, ...]] = {}
         self._append = Append([], [], [])
+        self._past: Tensor | None = None
         self._ahead = 0
         self._lanes: Lanes | None = None
         self._device = torch.device("cpu")
         self._loads: Loads | None = None
+        self._shared = False
         self._stores: Stores | None = None
 
     def reserve(self, tokens: int) -> None:
@@ -72,8 +74,15 @@ class HostRows:
         self._settle()
         self.host, self.splitter = host, splitter
         self._loads = self._stores = None
+        self._shared = False
         if self._lanes is not None:
             self._lanes = self._make_lanes(self._device, host.overlap)
+
+    def join(self, loads: Loads) -> None:
+        """From the next step on its pieces cross through `loads`, whose owner starts them with what `jobs` gives for
+        each layer, in the order in which layers of several caches run; up to the next `change`."""
+        self._settle()
+        self._loads, self._shared = loads, True
 
     def keeps_inputs(self, layer: int) -> bool:
         """Whether `store` wants X of the step under way."""
@@ -89,7 +98,7 @@ class HostRows:
         lengths = [row.length + count for row, count in zip(self.rows, counts, strict=True)]
         self._ensure(max(lengths))
         slots = [list(range(old, new)) for old, new in zip(past, lengths, strict=True)]
-        self._append = Append(past, lengths, slots)
+        self._append, self._past = Append(past, lengths, slots), None
         self.inputs.clear()  # what a forward that failed has left
         self._start_loads(max(past))
         return self._append
@@ -125,12 +134,12 @@ class HostRows:
         query: [rows, n_heads, width, head_dim]; k, v, real: as in `store`; sinks: [n_heads] or None; recompute: for
         layers that keep X. Returns [rows, width, n_heads, head_dim] in query's dtype. Raises `OffloadError`.
         """
-        attention = Attention(query, self._append.past, scale)
+        attention = Attention(query, self._append.past, scale, self._lengths(query.device))
         attention.among_themselves(k, v, real)
         known = self._layers[layer]
         for piece in self._pieces.get(layer, ()):
             assert self._loads is not None
-            records = self._loads.take(layer, piece)
+            records = self._loads.take(layer, piece, self)
             attention.over(*known.keys_and_values(piece.kind, records, recompute), piece.start)
             self._loads.release()
         return attention.result(sinks)
@@ -186,6 +195,13 @@ class HostRows:
         loads = 0 if self._loads is None else self.host.chunks * self._loads.chunk_bytes
         return loads + (0 if self._stores is None else 2 * self._stores.chunk_bytes)
 
+    def _lengths(self, device: torch.device) -> Tensor | None:
+        """The rows' lengths before this step, if they differ: once a step, because the host waits for it."""
+        past = self._append.past
+        if self._past is None and len(set(past)) > 1:
+            self._past = torch.tensor(past, device=device)
+        return self._past
+
     def _x_limit(self, layer: int) -> int:
         """How many first tokens of a row may be recomputed, as far as its length is known."""
         if not self._ahead:
@@ -237,7 +253,7 @@ class HostRows:
         batch = len(self.rows)
         need = max(records.token_bytes for layer in self._layers.values() for records in layer.records())
         if self._loads is None or self._loads.chunk_bytes < need:
-            assert self._lanes is not None
+            assert self._lanes is not None and not self._shared, "shared chunks hold a token of every cache"
             self._loads = Loads(self._lanes, self._device, self.host.chunks, max(self.host.chunk_bytes, need))
         room = self._loads.chunk_bytes
         for index in self._order:
@@ -247,15 +263,21 @@ class HostRows:
                 split = min(self.splitter.tokens(index, batch, longest), layer.x_limit, longest)
                 x_tokens = room // layer.x.token_bytes
             self._pieces[index] = pieces(
-                longest, split, max(x_tokens, 1), room // layer.kv.token_bytes, self.splitter.schedule
+                longest,
+                split,
+                max(x_tokens, 1),
+                room // layer.kv.token_bytes,
+                self.splitter.schedule,
+                self.host.together,
             )
-        self._loads.start(self._jobs())
+        if not self._shared:
+            self._loads.start(load for index in self._order for load in self.jobs(index))
 
-    def _jobs(self) -> Iterator[Load]:
-        for index, cut in self._pieces.items():
-            layer = self._layers[index]
-            for piece in cut:
-                yield Load(index, piece, layer.source(piece), layer.stored)
+    def jobs(self, layer: int) -> Iterator[Load]:
+        """What crosses for a layer in the step under way."""
+        known = self._layers[layer]
+        for piece in self._pieces[layer]:
+            yield Load(layer, piece, known.source(piece), known.stored, self)
 
     def _stores_for(self, layer: HostLayer) -> Stores:
         need = max(records.token_bytes for records in layer.records())

@@ -8,8 +8,10 @@ of F FLOP/s that needs t_gpu seconds for the rest of the layer:
     serial (the paper's)    t(l) = b*l*alpha/P + max(b*l*phi/F, b*(s-l)*kappa/P)
     pipelined               t(l) = max(b*(l*alpha + (s-l)*kappa)/P, t_gpu + b*l*phi/F)
 
-The serial schedule sends all X before any K and V; the pipelined one lets X of one chunk move while another is
-recomputed. Both are convex and made of straight pieces, so the best l lies where two pieces cross, or at an end.
+Attention over what was recomputed goes with its recomputation in the first one (`Rates.attention`), and is a part of
+t_gpu in the other. The serial schedule sends all X before any K and V; the pipelined one lets X of one chunk move while
+another is recomputed. Both are convex and made of straight pieces, so the best l lies where two pieces cross, or at an
+end.
 
 Row by row, for latency: the weights stay on the GPU and one batch passes through all layers. Column by column, for
 throughput: a layer's weights are in host memory too, cross once, and serve several batches; W_K and W_V come first,
@@ -80,15 +82,17 @@ class Rates:
 
     bus: P, bytes a second from the host. gemm: F, FLOP a second of the recomputation.
     other: t_gpu, seconds that the GPU needs for the rest of the layer, attention over all tokens included.
+    attention: what of it goes to each token of each row, for who wants to know when.
     """
 
     bus: float
     gemm: float
     other: float = 0.0
+    attention: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.bus <= 0 or self.gemm <= 0 or self.other < 0:
-            raise ConfigError(f"rates must be above 0, and `other` not below: {self}")
+        if self.bus <= 0 or self.gemm <= 0 or min(self.other, self.attention) < 0:
+            raise ConfigError(f"rates must be above 0, and `other` and `attention` not below: {self}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,10 +176,11 @@ def _lines(
     gpu = (n * rates.other, n * recompute)
     if schedule is Schedule.PIPELINED:
         return [gpu, (first + rest + n * length * kv, n * (x - kv))]
-    # Each batch's X alone, then the longer of its recomputation and its K and V; beside the first one's recomputation
-    # the other weights cross too. What else the GPU computes hides nothing here, but it may be the bottleneck.
-    ends = [[(first, x + recompute), (first + rest + length * kv, x - kv)]]
-    ends += [[(0.0, (n - 1) * (x + recompute)), ((n - 1) * length * kv, (n - 1) * (x - kv))]]
+    # Each batch's X alone, then the longer of its recomputation, with attention over it, and its K and V; beside the
+    # first one's the other weights cross too. What else the GPU computes hides nothing here, but may take longest.
+    beside = recompute + batch * rates.attention
+    ends = [[(first, x + beside), (first + rest + length * kv, x - kv)]]
+    ends += [[(0.0, (n - 1) * (x + beside)), ((n - 1) * length * kv, (n - 1) * (x - kv))]]
     return [gpu, *((one[0] + more[0], one[1] + more[1]) for one in ends[0] for more in ends[1])]
 
 

@@ -10,13 +10,14 @@ from deltakv.ops.decode_attention import decode_attention, decode_attention_into
 from deltakv.ops.interleaved import interleaved
 from deltakv.ops.page_masses import page_masses
 from deltakv.ops.page_scores import page_scores
-from deltakv.ops.partial_attention import merge, partial_attention
+from deltakv.ops.partial_attention import accumulate, merge, partial_attention
 from deltakv.ops.prefill_attention import prefill_attention, row_kv
 from deltakv.ops.select_mass import select_mass
 from deltakv.ops.select_pages import select_pages
 from deltakv.ops.store_kv import store_kv
 
 __all__ = [
+    "accumulate",
     "bound_scores",
     "chunk_attention",
     "chunk_logits",

@@ -9,14 +9,32 @@ from typing import Any
 from deltakv.offload.timeline import Timeline
 from deltakv.report.plots import ACCENT, BASE, INK, MUTED, RECENT, SINK, new_figure
 
-COLOURS = {"X": SINK, "KV": ACCENT, "recompute": RECENT, "rest": BASE}
-NAMES = {"X": "X crosses", "KV": "K and V cross", "recompute": "recomputing K and V", "rest": "rest of the layer"}
+COLOURS = {
+    "weights": MUTED,
+    "X": SINK,
+    "KV": ACCENT,
+    "recompute": RECENT,
+    "rest": BASE,
+    "moved": ACCENT,
+    "kernels": BASE,
+}
+NAMES = {
+    "weights": "weights cross",
+    "X": "X crosses",
+    "KV": "K and V cross",
+    "recompute": "recomputing K and V",
+    "rest": "rest of the layer",
+    "moved": "copies to the device",
+    "kernels": "kernels",
+}
 #: Layers that are shown, after a first one, which nothing was fetched ahead for.
 LAYERS = 3
 
 
-def timeline_plot(timelines: Sequence[tuple[str, Timeline]], title: str, path: Path) -> None:
-    """Some layers of each timeline, one below the other on one scale of time; the headline compares the last with the
+def timeline_plot(
+    timelines: Sequence[tuple[str, Timeline]], title: str, path: Path, headline: str | None = None
+) -> None:
+    """Some layers of each timeline, one below the other on one scale of time. headline: None compares the last with the
     first. path: a .png, .svg or .pdf file."""
     figure = new_figure(11, 1.6 + 1.3 * len(timelines))
     panels = figure.subplots(len(timelines), 1, sharex=True, squeeze=False)[:, 0]
@@ -24,10 +42,12 @@ def timeline_plot(timelines: Sequence[tuple[str, Timeline]], title: str, path: P
         _lanes(axis, timeline)
         axis.set_title(f"{name}: a step in {timeline.seconds * 1e3:,.1f} ms", loc="left", fontsize=9, color=INK)
     panels[-1].set_xlabel("ms", fontsize=9, color=MUTED)
-    handles = [panels[0].barh(0, 0, color=COLOURS[what], label=name) for what, name in NAMES.items()]
+    seen = {span.what for _, timeline in timelines for span in timeline.spans}
+    handles = [panels[0].barh(0, 0, color=COLOURS[what], label=name) for what, name in NAMES.items() if what in seen]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8, frameon=False)
     ratio = timelines[0][1].seconds / timelines[-1][1].seconds if timelines[-1][1].seconds else 1.0
-    headline = f"{timelines[-1][0]}: {ratio:.2f}x the speed of {timelines[0][0]}"
+    if headline is None:
+        headline = f"{timelines[-1][0]}: {ratio:.2f}x the speed of {timelines[0][0]}"
     figure.suptitle(f"{headline}\n", x=0.01, ha="left", fontsize=13, fontweight="bold", color=INK)
     figure.text(0.01, 0.93, title, fontsize=8, color=MUTED, va="top")
     figure.savefig(path, dpi=150)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from deltakv.ops.partial_attention.naive import merge
+
 
 def partial_attention(
     q: Tensor, k: Tensor, v: Tensor, scale: float, visible: Tensor | None = None
@@ -38,3 +40,22 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     if a.is_cuda:
         return torch.bmm(a, b, out_dtype=torch.float32)
     return torch.bmm(a.float(), b.float())  # CPUs have no such product
+
+
+def accumulate(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+    start: int = 0,
+    lengths: Tensor | None = None,
+) -> None:
+    """See `naive.accumulate`."""
+    visible = None
+    if lengths is not None:
+        visible = (torch.arange(start, start + len(k), device=k.device) < lengths[:, None])[:, None, None]
+    new_out, new_lse = merge(out, lse, *partial_attention(q, k, v, scale, visible))
+    out.copy_(new_out)
+    lse.copy_(new_lse)

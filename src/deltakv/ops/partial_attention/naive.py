@@ -38,3 +38,26 @@ def merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> tuple[Ten
     both = torch.logaddexp(lse, more_lse)
     safe = both.clamp_min(torch.finfo(torch.float32).min)
     return out * torch.exp(lse - safe)[..., None] + more * torch.exp(more_lse - safe)[..., None], both
+
+
+def accumulate(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+    start: int = 0,
+    lengths: Tensor | None = None,
+) -> None:
+    """`partial_attention`, merged in place with what `out` and `lse` hold already.
+
+    start: the number of the first of these tokens in each row. lengths: int64 [rows], so many tokens a row are there to
+    be seen; None for all.
+    """
+    visible = None
+    if lengths is not None:
+        visible = (torch.arange(start, start + len(k), device=k.device) < lengths[:, None])[:, None, None]
+    new_out, new_lse = merge(out, lse, *partial_attention(q, k, v, scale, visible))
+    out.copy_(new_out)
+    lse.copy_(new_lse)
