@@ -81,8 +81,9 @@ class Run:
         self.asked, self.end = asked, time.monotonic() + asked.seconds
         self.work = Path(tempfile.mkdtemp())
         advertise(self.work)
-        # P2P is tried, and not just believed, before vLLM's own all-reduce is used.
-        tried = {"VLLM_SKIP_P2P_CHECK": "0", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+        # P2P is tried, and not just believed, before vLLM's own all-reduce is used. The engine's core stays in the
+        # process that asks (ENVIRONMENT), so that no row begins before all are there.
+        tried = {"VLLM_SKIP_P2P_CHECK": "0", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
         self.environment = switched_off({**ENVIRONMENT, **os.environ, **tried})
         paths = [str(self.work), *filter(None, [os.environ.get("PYTHONPATH")])]
         self.environment["PYTHONPATH"] = os.pathsep.join(paths)
