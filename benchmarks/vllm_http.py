@@ -4,6 +4,7 @@ the server and not a library."""
 from __future__ import annotations
 
 import asyncio
+import bisect
 import contextlib
 import json
 import os
@@ -17,8 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-#: How an event with tokens begins.
-EVENT = b"data: {"
+#: What an answer says of its tokens; each event of a stream says how many there are by then.
+COUNT = re.compile(rb'"completion_tokens":\s*(\d+)')
 #: No answer takes longer.
 ANSWER_SECONDS = 240.0
 
@@ -29,10 +30,11 @@ class ServerError(Exception):
 
 @dataclass
 class Answer:
-    """tokens: how many it has. times: seconds from the request to each event; to the end alone if not streamed."""
+    """times: seconds from the request to each event with new tokens; to the end alone if not streamed.
+    counts: tokens by then; an event has several where the server falls behind."""
 
-    tokens: int
     times: list[float] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
 
 
 class Server:
@@ -98,10 +100,9 @@ class Server:
             answers = asyncio.run(asyncio.wait_for(all_of_them(), ANSWER_SECONDS))
         except (TimeoutError, OSError) as error:
             raise ServerError(f"{type(error).__name__}: {error}\n{self.last_words()}") from None
-        if any(answer.tokens != tokens for answer in answers):
-            raise ServerError(
-                f"{[answer.tokens for answer in answers]} tokens in place of {tokens}\n{self.last_words()}"
-            )
+        found = [answer.counts[-1] for answer in answers]
+        if any(count != tokens for count in found):
+            raise ServerError(f"{found} tokens in place of {tokens}\n{self.last_words()}")
         return answers
 
 
@@ -111,7 +112,7 @@ def _body(prompt: list[int], tokens: int, streamed: bool) -> bytes:
         "stream": streamed,
     }  # fmt: skip
     if streamed:
-        asked["stream_options"] = {"include_usage": True}
+        asked["stream_options"] = {"include_usage": True, "continuous_usage_stats": True}
     return json.dumps(asked).encode()
 
 
@@ -124,21 +125,21 @@ async def _answer(port: int, body: bytes) -> Answer:
     began = time.perf_counter()
     writer.write(head.encode() + body)
     await writer.drain()
-    times: list[float] = []
-    kept, last = b"", b""
+    seen, reads = bytearray(), []  # looked through when all is there: nothing waits for that
     try:
         status = await reader.readline()
         while data := await reader.read(1 << 16):
-            now = time.perf_counter() - began
-            seen = kept + data
-            times += [now] * seen.count(EVENT)
-            kept, last = seen[1 - len(EVENT) :], (last + data)[-4096:]
+            seen += data
+            reads.append((len(seen), time.perf_counter() - began))
     finally:
         writer.close()
     if b" 200 " not in status:
-        raise ServerError(f"{status.decode().strip()}: {last.decode(errors='replace')[-600:]}")
-    told = re.findall(rb'"completion_tokens":\s*(\d+)', last)
-    if not told:
-        raise ServerError(f"an answer without its usage: {last.decode(errors='replace')[-600:]}")
-    # The last event of a stream holds the usage alone, and an answer that is not streamed is no event.
-    return Answer(int(told[-1]), times[:-1] or [time.perf_counter() - began])
+        raise ServerError(f"{status.decode().strip()}: {seen[-600:].decode(errors='replace')}")
+    answer = Answer()
+    for found in COUNT.finditer(seen):
+        if (count := int(found[1])) > (answer.counts[-1] if answer.counts else 0):
+            answer.counts.append(count)
+            answer.times.append(reads[bisect.bisect_left(reads, (found.end(), 0.0))][1])
+    if not answer.counts:
+        raise ServerError(f"an answer that does not count its tokens: {seen[-600:].decode(errors='replace')}")
+    return answer

@@ -26,10 +26,10 @@ from vllm_gpu import DELTA, DIMS, ENVIRONMENT, advertise, prompts_of, provenance
 from vllm_http import Answer, Server, ServerError
 
 ROWS = 64
-#: Tokens of each answer.
-STEPS = 128
+#: Tokens of each answer: many, for requests reach the engine one after the other, and all have to decode together.
+STEPS = 512
 #: Fresh prompts, one at a time, for the time to the first token; and how often all rows decode.
-SINGLE, TURNS = 15, 3
+SINGLE, TURNS = 15, 2
 #: GPU memory of one server; of each of two.
 ALONE, BESIDE = 0.85, 0.45
 #: What a server holds of its share beside weights and KV cache, bytes: activations, the context.
@@ -40,7 +40,7 @@ START_SECONDS = 240.0
 def kv_bytes(dims: str, contexts: list[int], rows: int) -> float:
     """Of all rows at their longest, and a little more, so that a prompt that was cached stays."""
     hidden, _, heads, kv_heads, _, _ = DIMS[dims]
-    return 1.05 * rows * (max(contexts) + STEPS + 16) * 2 * kv_heads * (hidden // heads) * 28 * 2
+    return 1.03 * rows * (max(contexts) + STEPS + 16) * 2 * kv_heads * (hidden // heads) * 28 * 2
 
 
 def weight_bytes(dims: str) -> float:
@@ -86,49 +86,63 @@ def first_token(answers: list[Answer]) -> float:
 
 
 def per_token(answers: list[Answer]) -> float:
-    """Milliseconds: of each row the time between its first and its last token, the median of the rows."""
-    return 1e3 * statistics.median((one.times[-1] - one.times[0]) / (one.tokens - 1) for one in answers)
+    """Milliseconds between tokens of the median row while all decode: from the last first token to the first last."""
+    begin, end = max(one.times[0] for one in answers), min(one.times[-1] for one in answers)
+    rates = []
+    for one in answers:
+        within = [(when, count) for when, count in zip(one.times, one.counts, strict=True) if begin <= when <= end]
+        if len(within) > 1:
+            rates.append((within[-1][0] - within[0][0]) / (within[-1][1] - within[0][1]))
+    if 2 * len(rates) < len(answers):
+        raise ServerError("the rows did not decode together: longer answers (--steps)")
+    return 1e3 * statistics.median(rates)
+
+
+def per_request(answers: list[Answer]) -> float:
+    """The same over each whole answer behind its first token, whoever else decodes by then."""
+    return 1e3 * statistics.median((one.times[-1] - one.times[0]) / (one.counts[-1] - one.counts[0]) for one in answers)
 
 
 def slowest(answers: list[Answer]) -> float:
     return max(one.times[-1] for one in answers)
 
 
-def measure(
-    servers: dict[str, Server], context: int, rows: int, single: int, vocabulary: int
-) -> dict[str, dict[str, Any]]:
+def measure(servers: dict[str, Server], context: int, asked: argparse.Namespace, vocabulary: int) -> dict[str, Any]:
     """By contender. All servers that are up take turns, with the same prompts."""
-    names = list(servers)
-    taken: dict[str, dict[str, Any]] = {
-        name: {"ttft_runs_ms": [], "tpot_runs_ms": [], "whole_runs_s": []} for name in names
+    names, rows, steps = list(servers), asked.rows, asked.steps
+    taken: dict[str, dict[str, Any]] = {name: {"rows": rows, "context": context, "steps": steps} for name in names}
+    runs: dict[str, dict[str, list[Any]]] = {
+        name: {"ttft": [], "tpot": [], "request": [], "whole": []} for name in names
     }
-    for attempt in range(-1, single):  # the first one is not counted
+    for attempt in range(-1, asked.single):  # the first one is not counted
         prompts = prompts_of(1, context, seed=1000 + context + attempt, vocabulary=vocabulary)
         for name in in_turns(names, attempt):
             took = first_token(servers[name].ask(prompts, 1, streamed=True))
-            if attempt >= 0:
-                taken[name]["ttft_runs_ms"].append(round(took, 3))
+            runs[name]["ttft"] += [took] if attempt >= 0 else []
     prompts = prompts_of(rows, context, seed=context + rows, vocabulary=vocabulary)
     before = {name: servers[name].counters() for name in names}
     for name in names:
         taken[name]["read_all_s"] = round(slowest(servers[name].ask(prompts, 1, streamed=False)), 3)
     for turn in range(TURNS):
         for name in in_turns(names, turn):
-            streamed = servers[name].ask(prompts, STEPS, streamed=True)
-            one = slowest(servers[name].ask(prompts, 1, streamed=False))
-            whole = slowest(servers[name].ask(prompts, STEPS, streamed=False))
-            taken[name]["tpot_runs_ms"].append(round(per_token(streamed), 4))
-            taken[name]["whole_runs_s"].append([round(one, 4), round(whole, 4)])
-            taken[name]["events_a_token"] = round(sum(len(a.times) for a in streamed) / (rows * STEPS), 3)
-    for name, runs in taken.items():
+            streamed = servers[name].ask(prompts, steps, streamed=True)
+            half, whole = (slowest(servers[name].ask(prompts, n, streamed=False)) for n in (steps // 2, steps))
+            runs[name]["tpot"].append(per_token(streamed))
+            runs[name]["request"].append(per_request(streamed))
+            # Rows come and go at the same pace in both, so the difference is steps of all of them.
+            runs[name]["whole"].append(1e3 * (whole - half) / (steps - steps // 2))
+            taken[name]["events_a_token"] = round(sum(len(a.times) for a in streamed) / (rows * steps), 3)
+    for name, found in taken.items():
         after = servers[name].counters()
-        runs["counted"] = {key: value - before[name].get(key, 0.0) for key, value in after.items() if key != "blocks"}
-        runs["ttft_ms"] = round(statistics.median(runs["ttft_runs_ms"]), 3)
-        runs["tpot_ms"] = round(statistics.median(runs["tpot_runs_ms"]), 4)
-        runs["tpot_whole_ms"] = round(
-            1e3 * statistics.median((whole - one) / (STEPS - 1) for one, whole in runs["whole_runs_s"]), 4
-        )
-        runs |= {"rows": rows, "context": context}
+        found["counted"] = {key: value - before[name].get(key, 0.0) for key, value in after.items() if key != "blocks"}
+        for key, shown in (
+            ("ttft", "ttft_ms"),
+            ("tpot", "tpot_ms"),
+            ("request", "tpot_request_ms"),
+            ("whole", "tpot_whole_ms"),
+        ):
+            found[shown] = round(statistics.median(runs[name][key]), 4)
+            found[f"{key}_runs_ms"] = [round(one, 4) for one in runs[name][key]]
     return taken
 
 
@@ -165,7 +179,7 @@ class Run:
             self.results[name] = {"contender": name, "command": said[1:], "start_s": round(took, 1), "shapes": []}
             blocks = server.counters()["blocks"]
             self.results[name]["blocks"] = int(blocks)
-            if blocks and blocks < self.asked.rows * (max(self.asked.contexts) + STEPS) / 16:
+            if blocks and blocks < self.asked.rows * (max(self.asked.contexts) + self.asked.steps) / 16:
                 raise ServerError(f"the KV cache has {blocks:.0f} blocks, too few for all rows at once")
             # Whatever is compiled at first use; other prompts, so that nothing below is found in the cache.
             server.ask(prompts_of(self.asked.rows, 200, seed=9, vocabulary=self.vocabulary), 16, streamed=True)
@@ -186,7 +200,7 @@ class Run:
                     self.fail(name, error)
             for context in sorted(self.asked.contexts):
                 if servers and time.monotonic() < self.end:
-                    taken = measure(servers, context, self.asked.rows, self.asked.single, self.vocabulary)
+                    taken = measure(servers, context, self.asked, self.vocabulary)
                     for name, shape in taken.items():
                         self.results[name]["shapes"].append(shape)
                         print(self.dims, name, json.dumps(shape), flush=True)
@@ -225,6 +239,7 @@ def main() -> int:
     parser.add_argument("--dims", nargs="+", choices=DIMS, default=["1.5b"])
     parser.add_argument("--contexts", nargs="+", type=int, default=[1000, 16000])
     parser.add_argument("--rows", type=int, default=ROWS)
+    parser.add_argument("--steps", type=int, default=STEPS, help="tokens of each answer")
     parser.add_argument("--single", type=int, default=SINGLE, help="fresh prompts for the time to the first token")
     parser.add_argument("--seconds", type=float, default=540, help="for all of it")
     parser.add_argument("--serve-options", default="", help="for both servers, as in '--stream-interval 10'")
@@ -242,7 +257,7 @@ def main() -> int:
         folder = work / dims
         save_config(folder, dims)
         run = Run(asked, dims, folder, environment, end)
-        longest = -(-(max(asked.contexts) + STEPS + 1) // 128) * 128
+        longest = -(-(max(asked.contexts) + asked.steps + 1) // 128) * 128
         options = [
             *("--load-format", "dummy", "--skip-tokenizer-init", "--dtype", "bfloat16", "--seed", "0"),
             *("--max-model-len", str(longest), "--max-num-seqs", str(asked.rows), "--block-size", "16"),

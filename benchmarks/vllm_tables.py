@@ -21,7 +21,7 @@ def engine_tables(data: dict[str, Any]) -> list[str]:
     """One run of vllm_gpu.py: steps, and how exact the answers are."""
     rows = []
     for dims, results in data["parts"].items():
-        if "stock" in results and "delta" in results:
+        if dims != "equal" and "stock" in results and "delta" in results:
             for at, stock in enumerate(results["stock"]["shapes"]):
                 shapes = {name: result["shapes"][at] for name, result in results.items()}
                 step = {name: shape["tpot_ms"] for name, shape in shapes.items()}

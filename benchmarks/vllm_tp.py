@@ -81,8 +81,9 @@ class Run:
         self.asked, self.end = asked, time.monotonic() + asked.seconds
         self.work = Path(tempfile.mkdtemp())
         advertise(self.work)
-        # P2P is tried, and not just believed, before vLLM's own all-reduce is used.
-        tried = {"VLLM_SKIP_P2P_CHECK": "0", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+        # P2P is tried, and not just believed, before vLLM's own all-reduce is used. The engine's core stays in the
+        # process that asks (ENVIRONMENT), so that no row begins before all are there.
+        tried = {"VLLM_SKIP_P2P_CHECK": "0", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
         self.environment = switched_off({**ENVIRONMENT, **os.environ, **tried})
         paths = [str(self.work), *filter(None, [os.environ.get("PYTHONPATH")])]
         self.environment["PYTHONPATH"] = os.pathsep.join(paths)
@@ -186,7 +187,7 @@ def main() -> int:
     if asked.child:
         told, folder, result = asked.child
         child(json.loads(told), Path(folder), Path(result))
-        return 0
+        os._exit(0)  # at once: whoever waits ends the workers, which may take their time
     asked.output.mkdir(parents=True, exist_ok=True)
     run = Run(asked)
     if asked.no_custom_all_reduce:

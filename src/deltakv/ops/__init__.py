@@ -8,6 +8,7 @@ from deltakv.ops.bound_scores import bound_scores
 from deltakv.ops.chunk_attention import chunk_attention, chunk_logits
 from deltakv.ops.decode_attention import decode_attention, decode_attention_into, decode_attention_stats
 from deltakv.ops.interleaved import interleaved
+from deltakv.ops.narrow_table import narrow_table
 from deltakv.ops.page_masses import page_masses
 from deltakv.ops.page_scores import page_scores
 from deltakv.ops.partial_attention import accumulate, merge, partial_attention
@@ -26,6 +27,7 @@ __all__ = [
     "decode_attention_stats",
     "interleaved",
     "merge",
+    "narrow_table",
     "page_masses",
     "page_scores",
     "partial_attention",

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from deltakv.integrations.vllm.layout import NamedLayout
 from deltakv.integrations.vllm.ranks import across_ranks
-from deltakv.integrations.vllm.rows import narrowed
 from deltakv.methods import Picks, Selector, SoftmaxStats
-from deltakv.ops import decode_attention_into, decode_attention_stats
+from deltakv.ops import decode_attention_into, decode_attention_stats, narrow_table
 from deltakv.plan import Role
 
 
@@ -84,11 +82,10 @@ class DecodeStep:
 
     def _narrowed(self, picks: Picks) -> Narrow:
         """A pick on this block table. It has room for whole rows: a graph replays for prompts' last tokens, too."""
-        kept, lens = narrowed(self.block_table, self.seq_lens, picks, self._page_size)
-        room = kept.shape[1]
-        table = self.block_table.clone()
-        torch.where(self.prompts[:, None], self.block_table[:, :room], kept, out=table[:, :room])
-        return Narrow(table, torch.where(self.prompts, self.seq_lens, lens), room * self._page_size)
+        table, lens = narrow_table(
+            self.block_table, self.seq_lens, picks.pages, picks.n_kept, self.prompts, self._page_size
+        )
+        return Narrow(table, lens, picks.pages.shape[1] * self._page_size)
 
     @property
     def _page_size(self) -> int:
