@@ -107,7 +107,8 @@ class Run:
 
     def part(self, part: str) -> dict[str, dict[str, Any]]:
         """Results by label, without the part's name."""
-        contenders = PARTS[part][1]
+        wanted = self.asked.contenders
+        contenders = [one for one in PARTS[part][1] if wanted is None or one[0] in wanted]
         results: dict[str, dict[str, Any]] = {}
         alone = [(name, gpus) for name, gpus in contenders if gpus == 1]
         for together in [alone, *([one] for one in contenders if one[1] > 1)]:
@@ -179,6 +180,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="a folder, for vllm-tp.json and the logs")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--contenders", nargs="+", choices=["stock", "delta", "local"], default=None)
     parser.add_argument("--seconds", type=float, default=560, help="for all of it")
     parser.add_argument("--no-custom-all-reduce", action="store_true", help="NCCL's all-reduce everywhere")
     parser.add_argument("--cpu", action="store_true", help="try the script itself, on vLLM's CPU build")

@@ -34,7 +34,9 @@ OFFLINE = {
     "NCCL_SOCKET_IFNAME": "lo",
 }  # fmt: skip
 ENGINE: dict[str, Any] = {
-    "dtype": "bfloat16", "enforce_eager": False, "gpu_memory_utilization": 0.3, "max_num_seqs": 16, "seed": 0,
+    "dtype": "bfloat16", "enforce_eager": False, "max_num_seqs": 16, "seed": 0,
+    # Of a given size, so that tests may share a GPU.
+    "gpu_memory_utilization": 0.05, "kv_cache_memory_bytes": 1 << 30,
 }  # fmt: skip
 PROMPTS = [prompt(900, 1), prompt(300, 2), prompt(171, 3), prompt(40, 4)]
 TOKENS = 24
