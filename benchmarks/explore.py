@@ -60,7 +60,7 @@ class Search:
         """The best of some: all at a quick look, the best of these at a long one."""
         quick = []
         for number, setting in enumerate(settings):
-            if self.late(share):
+            if quick and self.late(share):
                 break
             quick.append((self.measure(setting, QUICK, stage)["kl"], number, setting))
         finalists = [setting for _, _, setting in sorted(quick, key=lambda one: one[:2])[:keep]]
@@ -109,7 +109,8 @@ def grown(search: Search, most: float, reading: int, share: float) -> Setting:
                     setting = fitted(plan(depth, layers), context, most)
                     tried[layers] = search.measure(setting, QUICK, f"grow {reading}")["kl"]
         beam = [list(layers) for layers in sorted(tried, key=lambda one: tried[one])[:3]] or beam
-    best = search.best([fitted(plan(depth, b), context, most) for b in beam if b], f"grow {reading}", 1.0)
+    beam = beam if beam[0] else [list(range(reading))]  # out of time before anything was tried
+    best = search.best([fitted(plan(depth, b), context, most) for b in beam], f"grow {reading}", 1.0)
     for _ in range(4):
         if search.late(share):
             break
