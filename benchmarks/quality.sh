@@ -22,16 +22,18 @@ failed=0
 
 plan() { echo "$KEPT/$1-plan.json"; }
 
-# The methods that answer: the same budget, and DELTA's rows are sparse from the first token on.
+# The methods that answer, at one budget, but that a calibrated plan has its own at 1,024 for the same attended tokens.
+# DELTA's rows are sparse from the first token on.
 methods() {
   local budget=$1
-  echo full "delta:budget=$budget,sinks=0,min_context=0"
+  echo full
   [ -f "$(plan qwen)" ] && python3 - "$(plan qwen)" "$budget" <<'PY'
 import json, sys
 told, budget = json.load(open(sys.argv[1])), sys.argv[2]  # letters and all: at home there is no such file
 print(told["method"] if budget == "1024" else f"delta:budget={budget},recent=128,min_context=0,plan={told['plan']}")
 PY
-  echo "quest:budget=$budget" "streaming:window=$((budget - 16))" "h2o:budget=$budget,recent=$((budget / 2))"
+  echo "delta:budget=$budget,sinks=0,min_context=0" "quest:budget=$budget" "streaming:window=$((budget - 16))" \
+    "h2o:budget=$budget,recent=$((budget / 2))"
 }
 
 answers() {  # folder, budget
