@@ -50,7 +50,7 @@ part() {
   case $name in
     models) python3 "$root/benchmarks/models.py" convert "$HERE" $(cd /tmp/pieces && ls ./*.gguf | sed 's#./##; s#.gguf##') ;;
     explore-*)
-      (cd "$root/benchmarks" && timeout $((${EXPLORE_SECONDS:-230} + 60)) python3 explore.py --model "$MODELS/$model" \
+      (cd "$root/benchmarks" && timeout $((${EXPLORE_SECONDS:-230} + 150)) python3 explore.py --model "$MODELS/$model" \
         --texts "${texts[@]}" --out "$KEPT/explore-$model.jsonl" --seconds "${EXPLORE_SECONDS:-230}" --device "$DEVICE") |
         tee "$KEPT/explore-$model.log" ;;
     calibrate-*)
