@@ -39,4 +39,4 @@ def test_it_measures_what_a_cpu_does(tiny_model: Any, name: str) -> None:
     assert (cpu.recall is None) == (gpu.recall is None)
     near = (cpu.differences.kl - gpu.differences.kl).abs() <= 1e-4 + 1e-3 * cpu.differences.kl
     assert near.double().mean() > 0.9
-    assert gpu.differences.surprise.mean() == pytest.approx(cpu.differences.surprise.mean(), rel=1e-3)
+    assert gpu.differences.surprise.mean().item() == pytest.approx(cpu.differences.surprise.mean().item(), rel=1e-3)
