@@ -19,6 +19,7 @@ SMALL = {
     "lessismore": "lessismore:budget=80",
     "h2o": "h2o:budget=64,recent=32,lag=5",
     "a2sf": "a2sf:budget=64,lag=3",
+    "tokenselect": "tokenselect:budget=64,recent=16",
     "lazyeviction": "lazyeviction:budget=64,recent=16,lag=7,alpha=0.15",
     "delta": "delta:budget=64,recent=16,min_context=0",
 }
