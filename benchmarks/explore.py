@@ -127,7 +127,7 @@ def main() -> None:
     for name, setting in chosen.items():
         last.append(search.measure(setting, None, name, places))
         say(name, last[-1])
-    facts = {"kind": "explore", **provenance(lab.model), "model": Path(told.model).name, "context": told.context}
+    facts = {"bench": "explore", **provenance(lab.model), "model": Path(told.model).name, "context": told.context}
     single = [one for one in search.known.values() if one["stage"].startswith("knob: ")]
     facts |= {"texts": [path.name for path in told.texts], "knobs": single, "unseen": last}
     told.out.with_suffix(".json").write_text(json.dumps(facts, indent=2) + "\n")

@@ -150,7 +150,7 @@ def main() -> None:
                 )
             del windows
             gc.collect()
-    facts = {"kind": "pareto", **provenance(model), "model": told.name, "texts": [path.name for path in told.texts]}
+    facts = {"bench": "pareto", **provenance(model), "model": told.name, "texts": [path.name for path in told.texts]}
     data = {**facts, "positions": told.positions, "whole": whole, "results": known}
     told.out.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
     print("all is measured" if whole else "not all is measured; the same command goes on")
