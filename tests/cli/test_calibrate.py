@@ -13,7 +13,7 @@ from crashes import killed
 import deltakv
 from deltakv.config import Delta
 from deltakv.errors import ConfigError, PlanError
-from deltakv.evals.calibration import fitted
+from deltakv.evals.calibration import Paid
 from deltakv.methods import parse
 from deltakv.plan import LayerPlan, model_fingerprint, paper
 
@@ -65,19 +65,18 @@ def test_a_plan_is_found_confirmed_and_taken(run: Run, model_folder: str, tmp_pa
 
 def test_fewer_layers_that_read_everything_leave_more_to_the_others() -> None:
     base = Delta(budget=64, recent=16, sinks=16)
-    cost = 3 * 300 + 5 * 64
-    budgets = {}
-    for reading in range(1, 8):
-        method = fitted(base, 8, reading, 300, cost)
-        if method is not None:
-            budgets[reading] = method.budget
-            assert (
-                reading * 300 + (8 - reading) * method.budget
-                <= cost
-                < reading * 300 + (8 - reading) * (method.budget + 16)
-            )
-            assert 16 <= method.recent <= 16 + method.budget
-    assert budgets == {1: 128, 2: 96, 3: 64}  # four would cost 1,200 and leave four tokens a layer
+    paid = Paid(8, 3, 64, (200, 300))
+    budgets = {reading: method.budget for reading in range(1, 8) if (method := paid.fitted(base, reading))}
+    assert budgets == {1: 96, 2: 80, 3: 64}  # four would cost 1,200 of 1,220, and leave four tokens a layer
+
+    def cost(reading: int, budget: int, length: int) -> int:
+        return reading * length + (8 - reading) * budget
+
+    for reading, budget in budgets.items():
+        within = [cost(reading, budget, length) <= cost(3, 64, length) for length in (200, 250, 300)]
+        one_more = [cost(reading, budget + 16, length) <= cost(3, 64, length) for length in (200, 300)]
+        assert all(within) and not all(one_more)
+    assert Paid(8, 3, 64, (64, 300)).fitted(base, 3) is None  # nothing would be left out at 64 tokens
 
 
 def test_all_numbers_of_reading_layers_cost_the_same(run: Run, model_folder: str, tmp_path: Path) -> None:
@@ -87,8 +86,13 @@ def test_all_numbers_of_reading_layers_cost_the_same(run: Run, model_folder: str
     data = json.loads(out.read_text(encoding="utf-8"))
     thorough = [parse(key.split()[0]) for key in data["tried"] if key.endswith(" thorough")]
     readings = {method.layer_plan(6).reads_in_full: method.budget for method in thorough}
-    cost = paper(6).reads_in_full * 300 + (6 - paper(6).reads_in_full) * 64
-    assert len(readings) > 1 and all(n * 300 + (6 - n) * budget <= cost for n, budget in readings.items())
+    known = paper(6).reads_in_full
+    assert len(readings) > 1
+    for length in (236, 300):
+        most = known * length + (6 - known) * 64
+        assert all(n * length + (6 - n) * budget <= most for n, budget in readings.items())
+    ours = data["confirmed"][-1]
+    assert ours["attended_tokens"] <= data["confirmed"][1]["attended_tokens"]
 
 
 def test_settings_that_are_none_are_refused(tmp_path: Path) -> None:

@@ -58,12 +58,15 @@ def calibrate(
     longest = max(positions, confirm_positions)
     if longest >= context:
         raise InputError(f"--context {context} must be more than the {longest} positions that are evaluated in it")
-    if context <= budget:
-        raise InputError(f"at --context {context} a budget of {budget} leaves nothing out; give a longer context")
+    if context - longest <= budget:
+        raise InputError(
+            f"at --context {context}, of which the last {longest} tokens are evaluated, a budget of {budget} leaves "
+            "nothing out at first; give a longer context"
+        )
     told = [(str(path), read_text(path)) for path in text or []]
 
     from deltakv.cli.checks import check_methods
-    from deltakv.evals.calibration import fitted
+    from deltakv.evals.calibration import Paid
     from deltakv.integrations.hf.support import model_shape
     from deltakv.loading.model import check_length
     from deltakv.plan import model_fingerprint, paper
@@ -72,10 +75,10 @@ def calibrate(
     depth = len(model_shape(config).planned_layers)
     if reading is not None and not 1 <= reading < depth:
         raise InputError(f"--reading {reading} of {depth} layers leaves none to be sparse; give at most {depth - 1}")
-    known = paper(depth).reads_in_full
-    cost = (reading or known) * context + (depth - (reading or known)) * budget
+    known = paper(depth).reads_in_full if reading is None else reading
+    paid = Paid(depth, known, budget, (context - longest, context))
     near = range(max(1, known - 2), min(depth, known + 3)) if reading is None else [reading]
-    readings = [count for count in near if (one := fitted(base, depth, count, context, cost)) and one.budget < context]
+    readings = [count for count in near if paid.fitted(base, count) is not None]
 
     from deltakv.bench.provenance import provenance
     from deltakv.evals import texts
@@ -87,7 +90,7 @@ def calibrate(
         "model": model_fingerprint(config),
         "path": model,
         "texts": {name: hashlib.sha256(content.encode()).hexdigest() for name, content in told},
-        "options": [context, budget, sinks, readings, cost, windows, positions, quick, dtype],
+        "options": [context, budget, sinks, readings, longest, windows, positions, quick, dtype],
     }
     tried = Tried(state, depends_on)  # refuses before the model is loaded
     loaded = options.load(model, dtype, device, threads)
@@ -98,7 +101,7 @@ def calibrate(
         task = bars.add_task("reading", total=len(pieces) * context)
         places = [open_window(loaded.model, piece, positions, page_size, _on(bars, task)) for piece in pieces]
         task = bars.add_task("search", total=None)
-        work = Calibration(loaded.model, base, depth, context, cost, readings, places, quick, tried, _on(bars, task))
+        work = Calibration(loaded.model, base, paid, readings, places, quick, tried, _on(bars, task))
         best = work.run()
         del work, places
         task = bars.add_task("confirming", total=len(unseen) * (context + 4 * confirm_positions))

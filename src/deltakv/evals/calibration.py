@@ -61,31 +61,39 @@ class Tried:
         remove_whole(self._path)
 
 
-def fitted(base: Delta, depth: int, reading: int, context: int, cost: int) -> Delta | None:
-    """`base` with the budget that makes a step attend to at most `cost` tokens, if `reading` of `depth` layers read all
-    `context` of them; None if that leaves less than sinks and two pages."""
-    pages = (cost - reading * context) // (depth - reading) // base.page_size
-    least = base.sink_pages + 2
-    if pages < least:
-        return None
-    recent = min(base.recent_pages, max(1, (pages - base.sink_pages) // 2))
-    return replace(base, budget=pages * base.page_size, recent=recent * base.page_size)
+@dataclass(frozen=True)
+class Paid:
+    """What a step may cost: no more attended tokens, summed over layers, than if `reading` of `depth` layers read all and
+    the others `budget` tokens. lengths: of a row, at each of which that holds: the shortest and the longest measured."""
+
+    depth: int
+    reading: int
+    budget: int
+    lengths: tuple[int, ...]
+
+    def fitted(self, base: Delta, reading: int) -> Delta | None:
+        """`base` with the budget that this leaves if `reading` layers read all, fewer than there are; None if that is
+        less than sinks and two pages, or nothing less than all."""
+        paid = [self.reading * length + (self.depth - self.reading) * self.budget for length in self.lengths]
+        left = min(cost - reading * length for cost, length in zip(paid, self.lengths, strict=True))
+        pages = left // (self.depth - reading) // base.page_size
+        if pages < base.sink_pages + 2 or pages * base.page_size >= min(self.lengths):
+            return None
+        recent = min(base.recent_pages, max(1, (pages - base.sink_pages) // 2))
+        return replace(base, budget=pages * base.page_size, recent=recent * base.page_size)
 
 
 @dataclass
 class Calibration:
     """One search. base: sinks, and the recent tokens to begin with; plan and budget are what is searched for.
 
-    context, cost: tokens of a row, and how many of them a step attends to at most, summed over layers. readings: how
-    many layers may read everything: the more of them, the less is left for the others. quick: positions of each window
-    that a first look takes. advance: told of every loss that is measured.
+    paid: what a step may cost. readings: how many layers may read everything: the more of them, the less is left for the
+    others. quick: positions of each window that a first look takes. advance: told of every loss that is measured.
     """
 
     model: Any
     base: Delta
-    depth: int
-    context: int
-    cost: int
+    paid: Paid
     readings: Sequence[int]
     windows: Sequence[Window]
     quick: int
@@ -94,7 +102,7 @@ class Calibration:
 
     def run(self) -> Delta:
         """The best setting found."""
-        plan = search_plan(self.depth, self.readings, self._loss_of_plan, self._begin())
+        plan = search_plan(self.paid.depth, self.readings, self._loss_of_plan, self._begin())
         best = self._with(plan)
         for name, values in KNOBS.items():
             others = [self._changed(best, name, value) for value in values]
@@ -105,7 +113,7 @@ class Calibration:
         """A plan at the budget that it leaves. On the way to one that costs enough: at that one's, for with all that
         few reading layers leave, nothing would be missing."""
         reading = max(plan.reads_in_full, min(self.readings))
-        method = fitted(self.base, self.depth, reading, self.context, self.cost)
+        method = self.paid.fitted(self.base, reading)
         assert method is not None, "readings that leave no budget are not searched"
         return replace(method, plan=str(plan))
 
@@ -118,7 +126,7 @@ class Calibration:
         return changed if changed != method else None
 
     def _begin(self) -> list[LayerPlan]:
-        known = paper(self.depth)
+        known = paper(self.paid.depth)
         return [known] if known.reads_in_full in self.readings else []
 
     def _loss_of_plan(self, plan: LayerPlan, thorough: bool) -> float:
