@@ -63,8 +63,8 @@ class Tried:
 
 @dataclass(frozen=True)
 class Paid:
-    """What a step may cost: no more attended tokens, summed over layers, than if `reading` of `depth` layers read all and
-    the others `budget` tokens. lengths: of a row, at each of which that holds: the shortest and the longest measured."""
+    """What a step may cost: no more attended tokens, summed over layers, than if `reading` of `depth` layers read all
+    and the others `budget` tokens. lengths: of a row, the shortest and the longest; it holds at each, and between."""
 
     depth: int
     reading: int
@@ -87,8 +87,8 @@ class Paid:
 class Calibration:
     """One search. base: sinks, and the recent tokens to begin with; plan and budget are what is searched for.
 
-    paid: what a step may cost. readings: how many layers may read everything: the more of them, the less is left for the
-    others. quick: positions of each window that a first look takes. advance: told of every loss that is measured.
+    paid: what a step may cost. readings: how many layers may read everything: the more of them, the less is left for
+    the others. quick: positions of each window that a first look takes. advance: told of every loss that is measured.
     """
 
     model: Any
