@@ -20,12 +20,15 @@ from offload.made_up import SHAPE, profile
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import vllm_tables
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 
-def test_tables_are_generated_from_results() -> None:
+@pytest.mark.parametrize("script", ["tables.py", "quality_tables.py"])
+def test_tables_are_generated_from_results(script: str) -> None:
     done = subprocess.run(
-        [sys.executable, "benchmarks/tables.py", "--check"], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, f"benchmarks/{script}", "--check"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "| delta |" in (ROOT / "README.md").read_text(encoding="utf-8")

@@ -41,6 +41,7 @@ from deltakv.version import __version__
 
 if TYPE_CHECKING:
     from deltakv.integrations.hf import Handle, PagedCache, Statistics, Trace, apply
+    from deltakv.methods import from_plan
 
 __all__ = [
     "A2SF",
@@ -74,6 +75,7 @@ __all__ = [
     "UnsupportedUseError",
     "__version__",
     "apply",
+    "from_plan",
 ]
 
 _FROM_HF = ("Handle", "PagedCache", "Statistics", "Trace", "apply")
@@ -85,4 +87,8 @@ def __getattr__(name: str) -> Any:
         from deltakv.integrations import hf
 
         return getattr(hf, name)
+    if name == "from_plan":
+        from deltakv import methods
+
+        return methods.from_plan
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

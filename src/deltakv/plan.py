@@ -180,6 +180,23 @@ def interleaved(depth: int) -> LayerPlan:
     return LayerPlan.from_layers(depth, select=range(0, depth, 4))
 
 
+def load_settings(spec: PlanSpec) -> dict[str, Any]:
+    """The options that a plan file was calibrated with (`settings`: algorithm, budget, ...); none for what is no file.
+
+    Raises `PlanError` if they are not an object of names and numbers.
+    """
+    if spec is None or isinstance(spec, LayerPlan) or str(spec) in PRESETS or not os.path.isfile(spec):
+        return {}
+    try:
+        data = json.loads(Path(spec).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}  # `LayerPlan.load` says what is wrong with it
+    settings = data.get("settings", {}) if isinstance(data, dict) else {}
+    if not isinstance(settings, dict) or not all(isinstance(x, int | float | str) for x in settings.values()):
+        raise PlanError(f'"settings" of the plan file {spec} must be an object of options, as calibrate writes it')
+    return settings
+
+
 #: Presets by name: each makes a plan for a depth. `docs/design.md` says where each comes from.
 PRESETS = {
     "paper": paper,

@@ -11,8 +11,11 @@ from command_line import Run, refused
 from crashes import killed
 
 import deltakv
-from deltakv.errors import PlanError
-from deltakv.plan import LayerPlan, model_fingerprint
+from deltakv.config import Delta
+from deltakv.errors import ConfigError, PlanError
+from deltakv.evals.calibration import Paid
+from deltakv.methods import parse
+from deltakv.plan import LayerPlan, model_fingerprint, paper
 
 SMALL = (
     "--context", "300", "--budget", "64", "--reading", "3", "--windows", "1", "--positions", "32", "--quick", "8",
@@ -33,23 +36,76 @@ def test_a_plan_is_found_confirmed_and_taken(run: Run, model_folder: str, tmp_pa
     data = calibrated(run, model_folder, out)
     plan = LayerPlan.load(out)
     assert len(plan) == 6 and plan.reads_in_full == 3 and plan.made_for == data["made_for"]
-    full, paper, ours = data["confirmed"]
-    assert [full["method"], paper["method"], ours["method"]] == ["full", "the paper's plan", "calibrated"]
+    full, theirs, paper, ours = data["confirmed"]
+    names = [one["method"] for one in data["confirmed"]]
+    assert names == ["full", "the paper's settings", "the paper's plan", "calibrated"]
     assert full["kl_mean"] < 1e-9 and full["positions"] == ours["positions"] == 64
     assert ours["attended_tokens"] <= 3 * 300 + 3 * 64
     low, high = ours["kl_interval"]
     assert 0 < low <= ours["kl_mean"] <= high
     assert data["against_the_paper_s_plan"]["kl_share"] == pytest.approx(ours["kl_mean"] / paper["kl_mean"])
+    assert data["against_the_paper_s_settings"]["kl_share"] == pytest.approx(ours["kl_mean"] / theirs["kl_mean"])
+    assert theirs["kl_mean"] != paper["kl_mean"]
     # Of all that were looked at for long, the one with the least loss is what was chosen.
     thorough = {key: loss for key, loss in data["tried"].items() if key.endswith(" thorough")}
     assert min(thorough, key=lambda key: thorough[key]) == f"{data['method']} thorough"
     assert not out.with_name("plan.json.state").exists() and data["versions"] and data["texts"]
-    method = data["method"].replace(f"plan={plan}", f"plan={out}")
+    method = f"delta:plan={out}"  # the file says the rest
+    settings = data["settings"]
+    taken = parse(method)
+    assert (taken.budget, taken.recent, taken.sinks) == (settings["budget"], settings["recent"], settings["sinks"])
+    assert taken == deltakv.from_plan(out) and parse(f"{method},budget=1024").budget == 1024
+    assert f"budget={settings['budget']}" in data["method"]
     compared = run(
         "compare", "--model", model_folder, "--method", method, "--context", "300", "--positions", "20",
         "--steps", "0", "--no-memory",
     )  # fmt: skip
     assert compared.code == 0, compared.err
+
+
+def test_fewer_layers_that_read_everything_leave_more_to_the_others() -> None:
+    base = Delta(budget=64, recent=16, sinks=16)
+    paid = Paid(8, 3, 64, (200, 300))
+    budgets = {reading: method.budget for reading in range(1, 8) if (method := paid.fitted(base, reading))}
+    assert budgets == {1: 96, 2: 80, 3: 64}  # four would cost 1,200 of 1,220, and leave four tokens a layer
+
+    def cost(reading: int, budget: int, length: int) -> int:
+        return reading * length + (8 - reading) * budget
+
+    for reading, budget in budgets.items():
+        within = [cost(reading, budget, length) <= cost(3, 64, length) for length in (200, 250, 300)]
+        one_more = [cost(reading, budget + 16, length) <= cost(3, 64, length) for length in (200, 300)]
+        assert all(within) and not all(one_more)
+    assert Paid(8, 3, 64, (64, 300)).fitted(base, 3) is None  # nothing would be left out at 64 tokens
+
+
+def test_all_numbers_of_reading_layers_cost_the_same(run: Run, model_folder: str, tmp_path: Path) -> None:
+    out = tmp_path / "plan.json"
+    small = [word for word in SMALL if word not in ("--reading", "3")]
+    assert run("calibrate", "--model", model_folder, "--out", str(out), *small).code == 0
+    data = json.loads(out.read_text(encoding="utf-8"))
+    thorough = [parse(key.split()[0]) for key in data["tried"] if key.endswith(" thorough")]
+    readings = {method.layer_plan(6).reads_in_full: method.budget for method in thorough}
+    known = paper(6).reads_in_full
+    assert len(readings) > 1
+    for length in (236, 300):
+        most = known * length + (6 - known) * 64
+        assert all(n * length + (6 - n) * budget <= most for n, budget in readings.items())
+    ours = data["confirmed"][-1]
+    assert ours["attended_tokens"] <= data["confirmed"][1]["attended_tokens"]
+
+
+def test_settings_that_are_none_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    plan = LayerPlan.from_string("FSRRSR")
+    for settings, said in (([1], "must be an object"), ({"budget": [1]}, "must be an object")):
+        plan.save(path, settings=settings)
+        with pytest.raises(PlanError, match=said):
+            parse(f"delta:plan={path}")
+    plan.save(path, settings={"algorithm": "delta", "window": 3})
+    with pytest.raises(ConfigError, match="has no option 'window'"):
+        parse(f"delta:plan={path}")
+    assert parse(f"quest:plan={path}").plan == str(path)  # another method's settings say nothing to this one
 
 
 def test_a_plan_for_another_kind_of_model_is_refused(
@@ -103,7 +159,7 @@ def test_killed_ten_times_it_ends_as_if_it_never_was(model_folder: str, tmp_path
     words = ["calibrate", "--model", model_folder, "--out", "{}/plan.json", *SMALL, "--threads", "1"]
     told = killed(tmp_path, words)
     whole, cut = (json.loads((tmp_path / name / "plan.json").read_text(encoding="utf-8")) for name in ("whole", "cut"))
-    for same in ("plan", "method", "made_for", "texts", "confirmed", "against_the_paper_s_plan"):
+    for same in ("plan", "method", "made_for", "texts", "settings", "confirmed", "against_the_paper_s_plan"):
         assert cut[same] == whole[same], (same, told)
     assert cut["tried"].keys() == whole["tried"].keys(), told
     assert cut["tried"] == pytest.approx(whole["tried"], rel=1e-6), told

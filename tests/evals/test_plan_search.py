@@ -25,12 +25,19 @@ def distance(target: str) -> tuple[list[tuple[str, bool]], object]:
 def test_it_finds_what_is_best(target: str) -> None:
     _, loss = distance(target)
     reading = 12 - target.count("R")
-    assert str(search_plan(12, reading, loss, rounds=12)) == target  # type: ignore[arg-type]
+    assert str(search_plan(12, [reading], loss, rounds=12)) == target  # type: ignore[arg-type]
 
 
 def test_a_plan_to_begin_with_counts_and_is_kept_if_nothing_is_better() -> None:
     begin = LayerPlan.from_string("FSRRRRRR")
-    assert search_plan(8, 2, lambda plan, thorough: float(plan != begin), [begin], rounds=3) == begin
+    assert search_plan(8, [2], lambda plan, thorough: float(plan != begin), [begin], rounds=3) == begin
+
+
+def test_of_several_numbers_of_reading_layers_the_best_is_kept() -> None:
+    asked, loss = distance("SRRRRSRRRRRR")
+    assert str(search_plan(12, [1, 2, 3], loss, rounds=12)) == "SRRRRSRRRRRR"  # type: ignore[arg-type]
+    reached = {letters.count("S") for letters, _ in asked}
+    assert reached == {1, 2, 3}
 
 
 def test_only_the_best_are_looked_at_again() -> None:

@@ -25,7 +25,10 @@ def calibrate(
     budget: Annotated[int, typer.Option(min=16, help="Tokens that a sparse layer attends to.")] = 1024,
     sinks: Annotated[int, typer.Option(min=0, help="Of these the first ones of a row.")] = 16,
     reading: Annotated[
-        int | None, typer.Option(min=1, help="Layers that read everything (default: as many as the paper's plan has).")
+        int | None,
+        typer.Option(
+            min=1, help="Layers that read everything (default: as many as the paper's plan has, two more or fewer)."
+        ),
     ] = None,
     windows: Annotated[int, typer.Option(min=1, help="Pieces of text to calibrate on, and as many to confirm on.")] = 2,
     positions: Annotated[int, typer.Option(min=16, help="Positions of each piece.")] = 128,
@@ -41,8 +44,9 @@ def calibrate(
 ) -> None:
     """Finds the layers that should read everything on your model and text, by KL to full attention.
 
-    The cost stays what it is: as many layers as in the paper's plan read the whole cache. What is found is confirmed on
-    text that the search has not seen. Stopped, it goes on where it was when it is started again.
+    The cost stays what it is: a step attends to no more tokens than under the paper's plan and --budget. Fewer layers
+    that read everything leave more to the others, so the budget is found, too. What is found is confirmed on text that
+    the search has not seen. Stopped, it goes on where it was when it is started again.
 
     [bold]Example:[/bold] deltakv calibrate --model smollm2 --context 4000 --out smollm2.json
     """
@@ -54,24 +58,31 @@ def calibrate(
     longest = max(positions, confirm_positions)
     if longest >= context:
         raise InputError(f"--context {context} must be more than the {longest} positions that are evaluated in it")
-    if context <= budget:
-        raise InputError(f"at --context {context} a budget of {budget} leaves nothing out; give a longer context")
+    if context - longest <= budget:
+        raise InputError(
+            f"at --context {context}, of which the last {longest} tokens are evaluated, a budget of {budget} leaves "
+            "nothing out at first; give a longer context"
+        )
     told = [(str(path), read_text(path)) for path in text or []]
 
     from deltakv.cli.checks import check_methods
+    from deltakv.evals.calibration import Paid
     from deltakv.integrations.hf.support import model_shape
     from deltakv.loading.model import check_length
     from deltakv.plan import model_fingerprint, paper
 
     config = check_methods(model, [], lambda config: check_length(context + 1, config, f"--context {context}"))
     depth = len(model_shape(config).planned_layers)
-    reading = paper(depth).reads_in_full if reading is None else reading
-    if not 1 <= reading < depth:
+    if reading is not None and not 1 <= reading < depth:
         raise InputError(f"--reading {reading} of {depth} layers leaves none to be sparse; give at most {depth - 1}")
+    known = paper(depth).reads_in_full if reading is None else reading
+    paid = Paid(depth, known, budget, (context - longest, context))
+    near = range(max(1, known - 2), min(depth, known + 3)) if reading is None else [reading]
+    readings = [count for count in near if paid.fitted(base, count) is not None]
 
     from deltakv.bench.provenance import provenance
     from deltakv.evals import texts
-    from deltakv.evals.calibration import Calibration, Tried, confirm, share, written
+    from deltakv.evals.calibration import Calibration, Tried, confirm, settings, share, written
     from deltakv.evals.windows import cut, open_window
 
     told = told or [(texts.BUILTIN_NAME, texts.builtin_text())]
@@ -79,7 +90,7 @@ def calibrate(
         "model": model_fingerprint(config),
         "path": model,
         "texts": {name: hashlib.sha256(content.encode()).hexdigest() for name, content in told},
-        "options": [context, budget, sinks, reading, windows, positions, quick, dtype],
+        "options": [context, budget, sinks, readings, longest, windows, positions, quick, dtype],
     }
     tried = Tried(state, depends_on)  # refuses before the model is loaded
     loaded = options.load(model, dtype, device, threads)
@@ -90,20 +101,25 @@ def calibrate(
         task = bars.add_task("reading", total=len(pieces) * context)
         places = [open_window(loaded.model, piece, positions, page_size, _on(bars, task)) for piece in pieces]
         task = bars.add_task("search", total=None)
-        best = Calibration(loaded.model, base, depth, reading, places, quick, tried, _on(bars, task)).run()
-        del places
-        task = bars.add_task("confirming", total=len(unseen) * (context + 2 * confirm_positions))
+        work = Calibration(loaded.model, base, paid, readings, places, quick, tried, _on(bars, task))
+        best = work.run()
+        del work, places
+        task = bars.add_task("confirming", total=len(unseen) * (context + 4 * confirm_positions))
         places = [open_window(loaded.model, piece, confirm_positions, page_size, _on(bars, task)) for piece in unseen]
-        known = replace(base, plan=str(paper(depth)))
-        found = [
-            confirm(loaded.model, name, method, places, _on(bars, task))
-            for name, method in (("full", Full()), ("the paper's plan", known), ("calibrated", best))
-        ]
+        with_sinks = replace(base, plan=str(paper(depth)))
+        compared = {
+            "full": Full(),
+            "the paper's settings": replace(with_sinks, sinks=0),
+            "the paper's plan": with_sinks,
+            "calibrated": best,
+        }
+        found = [confirm(loaded.model, name, method, places, _on(bars, task)) for name, method in compared.items()]
     results = [one.numbers for one in found]
-    gain = share(found[2].kl, found[1].kl)
+    gains = {one.name: share(found[-1].kl, one.kl) for one in found[1:-1]}
     plan = best.layer_plan(depth)
     facts: dict[str, Any] = {
         "made_for": depends_on["model"],
+        "settings": settings(best),
         "method": written(best),
         **provenance(loaded.model),
         "model": loaded.name,
@@ -111,7 +127,8 @@ def calibrate(
         "context": context,
         "pieces": len(pieces),
         "confirmed": results,
-        "against_the_paper_s_plan": gain,
+        "against_the_paper_s_plan": gains["the paper's plan"],
+        "against_the_paper_s_settings": gains["the paper's settings"],
         "tried": tried.losses,
     }
     plan.save(out, **facts)
@@ -121,10 +138,11 @@ def calibrate(
     print_table(
         calibration_table(results), f"{loaded.name} after {context:,} tokens, on text that was not calibrated on"
     )
-    low, high = gain["interval"]
-    print(f"plan: {plan}")
-    print(f"its KL is {gain['kl_share']:.0%} of that of the paper's plan (with 95%: {low:.0%} to {high:.0%})")
-    print(f"use it: --method {written(best).replace(f'plan={plan}', f'plan={out}')}")
+    print(f"plan: {plan}, budget {best.budget}, recent {best.recent}, sinks {best.sinks}")
+    for name, gain in gains.items():
+        low, high = gain["interval"]
+        print(f"its KL is {gain['kl_share']:.0%} of that of {name} (with 95%: {low:.0%} to {high:.0%})")
+    print(f"use it: --method delta:plan={out}")
 
 
 def _on(bars: Any, task: Any) -> Any:

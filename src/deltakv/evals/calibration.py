@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from deltakv.config import Delta
-from deltakv.errors import InputError
+from deltakv.errors import ConfigError, InputError
 from deltakv.evals.journal import remove_whole, write_whole
 from deltakv.evals.plan_search import search_plan
 from deltakv.evals.windows import Window, interval, measure_windows
@@ -20,8 +20,8 @@ from deltakv.plan import LayerPlan, paper
 
 Advance = Callable[[int], None]
 
-#: Recent tokens that are tried once the plan stands, at the same budget.
-RECENT = (32, 64, 128, 256)
+#: What is tried once the plan stands, one after the other, at the same budget.
+KNOBS = {"recent": (32, 64, 128, 256, 512), "sinks": (0, 16, 32, 64)}
 
 
 class Tried:
@@ -61,17 +61,40 @@ class Tried:
         remove_whole(self._path)
 
 
+@dataclass(frozen=True)
+class Paid:
+    """What a step may cost: no more attended tokens, summed over layers, than if `reading` of `depth` layers read all
+    and the others `budget` tokens. lengths: of a row, the shortest and the longest; it holds at each, and between."""
+
+    depth: int
+    reading: int
+    budget: int
+    lengths: tuple[int, ...]
+
+    def fitted(self, base: Delta, reading: int) -> Delta | None:
+        """`base` with the budget that this leaves if `reading` layers read all, fewer than there are; None if that is
+        less than sinks and two pages, or nothing less than all."""
+        paid = [self.reading * length + (self.depth - self.reading) * self.budget for length in self.lengths]
+        left = min(cost - reading * length for cost, length in zip(paid, self.lengths, strict=True))
+        pages = left // (self.depth - reading) // base.page_size
+        if pages < base.sink_pages + 2 or pages * base.page_size >= min(self.lengths):
+            return None
+        recent = min(base.recent_pages, max(1, (pages - base.sink_pages) // 2))
+        return replace(base, budget=pages * base.page_size, recent=recent * base.page_size)
+
+
 @dataclass
 class Calibration:
-    """One search. base: budget, sinks and the rest; its plan is what is searched for. reading: layers read in full.
+    """One search. base: sinks, and the recent tokens to begin with; plan and budget are what is searched for.
 
-    quick: positions of each window that a first look takes. advance: told of every loss that is measured.
+    paid: what a step may cost. readings: how many layers may read everything: the more of them, the less is left for
+    the others. quick: positions of each window that a first look takes. advance: told of every loss that is measured.
     """
 
     model: Any
     base: Delta
-    depth: int
-    reading: int
+    paid: Paid
+    readings: Sequence[int]
     windows: Sequence[Window]
     quick: int
     tried: Tried
@@ -79,18 +102,35 @@ class Calibration:
 
     def run(self) -> Delta:
         """The best setting found."""
-        plan = search_plan(self.depth, self.reading, self._loss_of_plan, self._begin())
-        best = replace(self.base, plan=str(plan))
-        fitting = [recent for recent in RECENT if recent + best.sinks <= best.budget and recent % best.page_size == 0]
-        others = [replace(best, recent=recent) for recent in fitting if recent != best.recent]
-        return min([best, *others], key=lambda method: self._loss(method, True))
+        plan = search_plan(self.paid.depth, self.readings, self._loss_of_plan, self._begin())
+        best = self._with(plan)
+        for name, values in KNOBS.items():
+            others = [self._changed(best, name, value) for value in values]
+            best = min([best, *filter(None, others)], key=lambda method: self._loss(method, True))
+        return best
+
+    def _with(self, plan: LayerPlan) -> Delta:
+        """A plan at the budget that it leaves. On the way to one that costs enough: at that one's, for with all that
+        few reading layers leave, nothing would be missing."""
+        reading = max(plan.reads_in_full, min(self.readings))
+        method = self.paid.fitted(self.base, reading)
+        assert method is not None, "readings that leave no budget are not searched"
+        return replace(method, plan=str(plan))
+
+    def _changed(self, method: Delta, name: str, value: int) -> Delta | None:
+        """None for what is no change, or does not fit."""
+        try:
+            changed: Delta = replace(method, **{name: value})  # type: ignore[arg-type]
+        except ConfigError:
+            return None
+        return changed if changed != method else None
 
     def _begin(self) -> list[LayerPlan]:
-        known = paper(self.depth)
-        return [known] if known.reads_in_full == self.reading else []
+        known = paper(self.paid.depth)
+        return [known] if known.reads_in_full in self.readings else []
 
     def _loss_of_plan(self, plan: LayerPlan, thorough: bool) -> float:
-        return self._loss(replace(self.base, plan=str(plan)), thorough)
+        return self._loss(self._with(plan), thorough)
 
     def _loss(self, method: Delta, thorough: bool) -> float:
         windows = self.windows if thorough else [window.first(self.quick) for window in self.windows]
@@ -108,6 +148,11 @@ def written(method: Delta) -> str:
     """A method as a command line writes it."""
     own = f"budget={method.budget},recent={method.recent},sinks={method.sinks},min_context={method.min_context}"
     return f"delta:{own},page_size={method.page_size},plan={method.plan or 'paper'}"
+
+
+def settings(method: Delta) -> dict[str, Any]:
+    """What a plan file says beside the plan."""
+    return {"algorithm": method.algorithm, "budget": method.budget, "recent": method.recent, "sinks": method.sinks}
 
 
 @dataclass(frozen=True)

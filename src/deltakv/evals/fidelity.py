@@ -43,7 +43,8 @@ class Fidelity:
 
 @dataclass(frozen=True)
 class Reference:
-    """Full attention's logits, fp32 [positions, vocabulary], on the CPU."""
+    """Full attention's logits, fp32 [positions, vocabulary], on the model's device: over a large vocabulary they are
+    more to move, and to compare on a CPU, than a forward takes on a GPU."""
 
     logits: Tensor
 
@@ -62,7 +63,7 @@ class Differences:
     """A method's next-token distributions beside full attention's, position by position.
 
     kl: KL(full || method) in nats; agree: the same most likely token; surprise: of the token that follows, in nats,
-    under the method. Each [positions].
+    under the method. Each [positions], on the CPU.
     """
 
     kl: Tensor
@@ -94,9 +95,9 @@ def differences(
         full, ours = (x.double().log_softmax(-1) for x in (against.logits[start:stop], logits))
         divergence.append((full.exp() * (full - ours)).sum(-1).clamp_min(0))
         agree.append(full.argmax(-1) == ours.argmax(-1))
-        surprise.append(-ours.gather(-1, targets[start:stop, None].cpu()).squeeze(-1))
+        surprise.append(-ours.gather(-1, targets[start:stop, None].to(ours.device)).squeeze(-1))
         start = stop
-    return Differences(torch.cat(divergence), torch.cat(agree), torch.cat(surprise))
+    return Differences(*(torch.cat(parts).cpu() for parts in (divergence, agree, surprise)))
 
 
 def measure(
@@ -123,12 +124,12 @@ def measure(
 
 
 def _logits(model: Any, cache: Any, ids: Tensor, advance: Advance) -> Iterator[Tensor]:
-    """fp32 logits [positions, vocabulary] of each chunk, on the CPU; crops the cache back at the end."""
+    """fp32 logits [positions, vocabulary] of each chunk, on the model's device; crops the cache back at the end."""
     start = Checkpoint(cache)
     try:
         for chunk in ids.split(CHUNK, dim=1):
             out = model(chunk.to(model.device), past_key_values=cache, use_cache=True)
-            yield out.logits[0].float().cpu()
+            yield out.logits[0].float()
             advance(chunk.shape[1])
     finally:
         start.restore()

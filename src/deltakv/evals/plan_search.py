@@ -1,7 +1,8 @@
 """The search for a plan that reads few layers in full: which ones, and which of them pick.
 
-Greedy, from the first layer on: a layer that picks is added where it helps most, as often as the cost allows; then each
-reading layer may move, and may read without picking. Every candidate is looked at quickly, and only the best again, and
+Greedy, from the first layer on: a layer that picks is added where it helps most, as often as the cost allows; the best
+number of them is kept, for more of them leave less to what the others read; then each reading layer may move, and may
+read without picking. Every candidate is looked at quickly, and only the best again, and
 longer. The same losses give the same plan, so a search that goes on from losses it has kept ends where it would have.
 """
 
@@ -30,19 +31,23 @@ def best_of(candidates: Iterable[LayerPlan], loss: Loss) -> tuple[float, LayerPl
     return value, plan
 
 
-def search_plan(depth: int, reading: int, loss: Loss, begin: Sequence[LayerPlan] = (), rounds: int = 4) -> LayerPlan:
-    """The best plan found with `reading` of `depth` layers in full.
+def search_plan(
+    depth: int, readings: Sequence[int], loss: Loss, begin: Sequence[LayerPlan] = (), rounds: int = 4
+) -> LayerPlan:
+    """The best plan found of `depth` layers with one of these numbers of them in full, each at least 1.
 
     begin: plans to start from as well, such as the paper's. rounds: of small changes to the best one, at most.
     """
-    chosen = [0]
-    while len(chosen) < reading:
+    chosen, grown = [0], []
+    while True:
+        if len(chosen) in readings:
+            grown.append(_selecting(depth, chosen))
+        if len(chosen) >= max(readings):
+            break
         free = [layer for layer in range(depth) if layer not in chosen]
         _, plan = best_of((_selecting(depth, [*chosen, layer]) for layer in free), loss)
         chosen = plan.layers(Role.SELECT)
-    best, plan = min(
-        ((loss(plan, True), number, plan) for number, plan in enumerate([_selecting(depth, chosen), *begin])),
-    )[::2]
+    best, plan = min(((loss(plan, True), number, plan) for number, plan in enumerate([*grown, *begin])))[::2]
     for _ in range(rounds):
         near = list(neighbours(plan))
         if not near:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -36,6 +37,7 @@ from deltakv.methods.streaming import StreamingSelector
 from deltakv.methods.tactic import TacticSelector
 from deltakv.methods.tidal import TidalSelector
 from deltakv.methods.tokenselect import TokenSelectSelector
+from deltakv.plan import LayerPlan, load_settings
 
 #: Config classes by the name that a command line or a server's config gives them.
 REGISTRY: dict[str, type[Method]] = {}
@@ -77,14 +79,24 @@ def selector(config: Method) -> Any:
 
 
 def from_options(algorithm: str, options: dict[str, Any]) -> Method:
-    """The config of that name with these options. Raises `ConfigError` that lists what is allowed."""
+    """The config of that name with these options; what they leave open, a plan file of that method says, if there is
+    one. Raises `ConfigError` that lists what is allowed."""
     if algorithm not in REGISTRY:
         raise ConfigError(f"unknown method {algorithm!r}; allowed are {', '.join(sorted(REGISTRY))}")
     config = REGISTRY[algorithm]
+    settings = load_settings(options.get("plan"))
+    if settings.pop("algorithm", algorithm) == algorithm:
+        options = {**settings, **options}
     allowed = option_types(config)
     if unknown := sorted(set(options) - set(allowed)):
         raise ConfigError(f"method {algorithm!r} has no option {unknown[0]!r}; allowed are {', '.join(allowed)}")
     return config(**options)
+
+
+def from_plan(path: str | os.PathLike[str]) -> Method:
+    """The method that a plan file was calibrated with, its budget and all. Raises `PlanError` or `ConfigError`."""
+    LayerPlan.load(path)
+    return from_options(load_settings(path).get("algorithm", "delta"), {"plan": os.fspath(path)})
 
 
 def parse(text: str) -> Method:
@@ -131,6 +143,7 @@ __all__ = [
     "SoftmaxStats",
     "Tally",
     "from_options",
+    "from_plan",
     "listed",
     "marked",
     "option_types",
