@@ -4,7 +4,8 @@
 
 Each contender runs in a process of its own, with the same engine settings and random weights, and finds the plugin by
 its entry point, for which a folder is made here. A part that would not end in time is left out, and named.
-Pure decode is timed on prefix-cached prompts, so that all rows start together: (all tokens - one token) / steps.
+Pure decode is timed on prefix-cached prompts, so that all rows start together: what a longer answer
+takes more than a short one, by its tokens.
 """
 
 from __future__ import annotations
@@ -52,8 +53,10 @@ DIMS = {
 }
 #: Rows and tokens of context.
 SHAPES = ((64, 16000), (64, 1000))
-STEPS = 100
-#: How often they are timed; the fastest counts.
+#: Tokens of short and long answers: a step is what the longer ones take more, so that neither the prompts nor the start
+#: are in it.
+SHORT, LONG = 64, 448
+#: How often each is timed; the medians count.
 TURNS = 3
 
 #: Parts, each a model and its contenders, with a guess of the seconds that one takes.
@@ -145,9 +148,9 @@ def timed(
     dims: str, folder: Path, name: str, sizes: tuple[tuple[int, int], ...] = SHAPES, longest: int = 0, **engine: Any
 ) -> dict[str, Any]:
     """TTFT of one prompt, reading all prompts, and a step of pure decode, by shape."""
-    llm, result = start(dims, folder, name, longest or max(length for _, length in sizes) + STEPS + 64, **engine)
+    llm, result = start(dims, folder, name, longest or max(length for _, length in sizes) + LONG + 64, **engine)
     blocks = llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
-    needed = max(rows * (-(-(length + STEPS) // 16)) for rows, length in sizes)
+    needed = max(rows * (-(-(length + LONG) // 16)) for rows, length in sizes)
     vocabulary = min(150000, DIMS[dims][5])
     if blocks and blocks < needed:
         raise SystemExit(
@@ -160,20 +163,20 @@ def timed(
         prompts = prompts_of(rows, length, rows + length, vocabulary)
         read = generate(llm, prompts, 1)[0]
         generate(llm, prompts, 4)
-        one, many = [], []
-        for _ in range(TURNS):
-            one.append(generate(llm, prompts, 1)[0])
-            seconds, answers = generate(llm, prompts, STEPS)
-            assert all(len(answer.outputs[0].token_ids) == STEPS for answer in answers)
-            many.append(seconds)
+        runs: dict[int, list[float]] = {SHORT: [], LONG: []}
+        for count in (SHORT, LONG) * TURNS:
+            seconds, answers = generate(llm, prompts, count)
+            assert all(len(answer.outputs[0].token_ids) == count for answer in answers)
+            runs[count].append(seconds)
+        step = (statistics.median(runs[LONG]) - statistics.median(runs[SHORT])) / (LONG - SHORT)
         shapes.append(
             {
                 "rows": rows,
                 "context": length,
                 "ttft_one_prompt_ms": round(1e3 * statistics.median(single), 2),
                 "read_all_s": round(read, 3),
-                "tpot_ms": round(1e3 * (min(many) - min(one)) / (STEPS - 1), 3),
-                "runs_s": {"one": one, "many": many},
+                "tpot_ms": round(1e3 * step, 3),
+                "runs_s": runs,
             }
         )
     return {**result, "shapes": shapes}

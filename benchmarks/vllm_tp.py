@@ -140,7 +140,7 @@ def child(told: dict[str, Any], folder: Path, result: Path) -> None:
     if told["part"] == "equal":
         answer = answered(folder, told["name"], **engine)
     elif told["cpu"]:
-        vllm_gpu.STEPS = 8
+        vllm_gpu.SHORT, vllm_gpu.LONG = 4, 8
         answer = timed("tiny", folder, told["name"], ((4, 100),), 512, **engine)
     else:
         answer = timed(PARTS[told["part"]][0], folder, told["name"], SIZES, LONGEST, **engine)

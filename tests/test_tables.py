@@ -20,8 +20,6 @@ from offload.made_up import SHAPE, profile
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import vllm_tables
 
-import pytest
-
 ROOT = Path(__file__).parents[1]
 
 

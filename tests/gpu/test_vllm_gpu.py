@@ -127,8 +127,8 @@ def test_other_batches_give_the_same(engines: Driver, model: str, engine: dict[s
     method = deltakv.Delta(**options)
     together = run(engines, model, settings=SPARSE)
     for row, other, tokens in zip(together, run(engines, model, settings=SPARSE, **engine), PROMPTS, strict=True):
-        one, two = (errors(model, x, tokens, method)[1:].median() for x in (row, other))
-        assert two <= 1.5 * one + 0.01
+        one, two = (errors(model, x, tokens, method)[1:] for x in (row, other))
+        assert two.median() <= 1.5 * one.median() + 0.01, f"{len(tokens)} tokens, by step: {two} where together {one}"
 
 
 def test_a_prompts_last_token_alone_is_read_in_full(engines: Driver, model: str) -> None:
