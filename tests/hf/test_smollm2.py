@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,12 +17,14 @@ pytestmark = pytest.mark.model
 
 
 @pytest.fixture(scope="module")
-def smollm2() -> tuple[Any, torch.Tensor]:
+def smollm2() -> Iterator[tuple[Any, torch.Tensor]]:
     """The model in fp32, and the ids of some real text."""
+    threads = torch.get_num_threads()
     torch.set_num_threads(2)
     path = locate("smollm2")
     ids = load_tokenizer(path)(builtin_text()[:20_000], return_tensors="pt").input_ids
-    return load_model(path, dtype="float32").eval(), ids
+    yield load_model(path, dtype="float32").eval(), ids
+    torch.set_num_threads(threads)
 
 
 def test_budget_that_covers_the_context(smollm2: tuple[Any, torch.Tensor]) -> None:

@@ -150,11 +150,13 @@ def _kv(group: _Group, k_heads: Tensor, v_heads: Tensor) -> tuple[Tensor, Tensor
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """q [rows, n_kv, heads a KV head, dim] over K and V: out of the same shape, lse fp32 without the dim."""
-    n_kv, tokens = k.shape[1:3]
-    if n_kv >= torch.get_num_threads():
+    (n_kv, tokens), threads = k.shape[1:3], torch.get_num_threads()
+    if threads == 1:
         out, lse = _flash(q, k, v, scale=scale)
         return out, lse
-    if tokens < 2 * CHUNK:  # a row at a time: with heads to spare the kernel would cut rows by what the batch leaves
+    # A row at a time. Which thread takes a head would follow from the batch, and bits from the thread, whose buffer may
+    # begin anywhere; and with heads to spare the kernel would cut rows by what the batch leaves.
+    if n_kv >= threads or tokens < 2 * CHUNK:
         alone = [_flash(*(x[row : row + 1] for x in (q, k, v)), scale=scale) for row in range(len(q))]
         return torch.cat([out for out, _ in alone]), torch.cat([lse for _, lse in alone])
     whole = tokens // CHUNK
