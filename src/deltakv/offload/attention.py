@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from deltakv.ops import accumulate, merge, partial_attention, prefill_attention
+from deltakv.ops import accumulate, merge, partial_attention, prefill_attention, within
 
 #: Logits at once, in elements of fp32: 128 MiB. Queries are taken in blocks that keep to it.
 _LOGITS = 1 << 25
@@ -54,8 +54,7 @@ class Attention:
             return
         if start + tokens > min(self._past):
             assert lengths is not None, "rows of one length have all tokens of a piece"
-            numbers = torch.arange(start, start + tokens, device=k.device)
-            visible = (numbers < lengths[:, None])[:, None, None]
+            visible = within(lengths, start, tokens)
         for block in self._blocks(tokens):
             self._add(block, k, v, visible)
 

@@ -11,7 +11,7 @@ from deltakv.ops.interleaved import interleaved
 from deltakv.ops.narrow_table import narrow_table
 from deltakv.ops.page_masses import page_masses
 from deltakv.ops.page_scores import page_scores
-from deltakv.ops.partial_attention import accumulate, merge, partial_attention
+from deltakv.ops.partial_attention import accumulate, merge, partial_attention, within
 from deltakv.ops.prefill_attention import prefill_attention, row_kv
 from deltakv.ops.select_mass import select_mass
 from deltakv.ops.select_pages import select_pages
@@ -36,4 +36,5 @@ __all__ = [
     "select_mass",
     "select_pages",
     "store_kv",
+    "within",
 ]

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from deltakv.ops.partial_attention import batched
 from deltakv.ops.partial_attention.batched import partial_attention
-from deltakv.ops.partial_attention.naive import merge
+from deltakv.ops.partial_attention.naive import merge, within
 from deltakv.ops.registry import Lazy
 
-__all__ = ["accumulate", "merge", "partial_attention"]
+__all__ = ["accumulate", "merge", "partial_attention", "within"]
 
 _triton = Lazy("deltakv.ops.partial_attention.triton")  # Triton comes with torch's CUDA builds alone
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from deltakv.ops.partial_attention.naive import merge
+from deltakv.ops.partial_attention import naive
 
 
 def partial_attention(
@@ -42,20 +44,5 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return torch.bmm(a.float(), b.float())  # CPUs have no such product
 
 
-def accumulate(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    out: Tensor,
-    lse: Tensor,
-    start: int = 0,
-    lengths: Tensor | None = None,
-) -> None:
-    """See `naive.accumulate`."""
-    visible = None
-    if lengths is not None:
-        visible = (torch.arange(start, start + len(k), device=k.device) < lengths[:, None])[:, None, None]
-    new_out, new_lse = merge(out, lse, *partial_attention(q, k, v, scale, visible))
-    out.copy_(new_out)
-    lse.copy_(new_lse)
+#: See `naive.accumulate`.
+accumulate = partial(naive.accumulate, attention=partial_attention)

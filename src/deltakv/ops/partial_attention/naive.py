@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -40,6 +42,14 @@ def merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> tuple[Ten
     return out * torch.exp(lse - safe)[..., None] + more * torch.exp(more_lse - safe)[..., None], both
 
 
+def within(lengths: Tensor, start: int, count: int) -> Tensor:
+    """Which of the tokens from `start` on each row has: bool [rows, 1, 1, count], as `partial_attention` takes it.
+
+    lengths: int64 [rows], tokens of each row.
+    """
+    return (torch.arange(start, start + count, device=lengths.device) < lengths[:, None])[:, None, None]
+
+
 def accumulate(
     q: Tensor,
     k: Tensor,
@@ -49,15 +59,15 @@ def accumulate(
     lse: Tensor,
     start: int = 0,
     lengths: Tensor | None = None,
+    *,
+    attention: Callable[..., tuple[Tensor, Tensor]] = partial_attention,
 ) -> None:
     """`partial_attention`, merged in place with what `out` and `lse` hold already.
 
     start: the number of the first of these tokens in each row. lengths: int64 [rows], so many tokens a row are there to
-    be seen; None for all.
+    be seen; None for all. attention: which version of `partial_attention`.
     """
-    visible = None
-    if lengths is not None:
-        visible = (torch.arange(start, start + len(k), device=k.device) < lengths[:, None])[:, None, None]
-    new_out, new_lse = merge(out, lse, *partial_attention(q, k, v, scale, visible))
+    visible = None if lengths is None else within(lengths, start, len(k))
+    new_out, new_lse = merge(out, lse, *attention(q, k, v, scale, visible))
     out.copy_(new_out)
     lse.copy_(new_lse)
