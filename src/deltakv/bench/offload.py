@@ -5,107 +5,57 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 import deltakv
-from deltakv.bench.offload_steps import Clock, Measured, prefill, prompt
+from deltakv.bench.offload_run import OffloadRun, hosts
+from deltakv.bench.offload_steps import Measured, prefill, prompt
 from deltakv.bench.random_model import kv_shape
 from deltakv.config import Full
-from deltakv.errors import InputError, OffloadError
-from deltakv.integrations.hf.shapes import layer_shape
+from deltakv.errors import OffloadError
 from deltakv.offload import memory
 from deltakv.offload.ahead import page_lock
-from deltakv.offload.config import Host
-from deltakv.offload.forecast import Forecast, forecast
 from deltakv.offload.planner import FixedShare
-from deltakv.offload.profile import Profile
-from deltakv.offload.scheduler import LayerShape, Schedule
+from deltakv.offload.scheduler import Schedule
 
 #: On the device; nothing beside the copies; transformers' own offloaded cache; copies beside the layers, all K and V
 #: (what FlexGen does); KVPR as in the paper; KVPR in chunks; all K and V in 8 bits, and in 4.
 VARIANTS = ("device", "naive", "transformers", "overlapped", "serial", "pipelined", "int8", "int4")
-#: Those in host memory; those with as many bits share one cache.
-HOSTED = ("naive", "overlapped", "serial", "pipelined", "int8", "int4")
 #: What runs if nothing is said.
 DEFAULT = VARIANTS[:6]
 
 
-def hosts(base: Host) -> dict[str, Host]:
-    """The variants in host memory, by name."""
-    moving = dataclasses.replace(base, schedule="pipelined", recompute=0.0)
-    return {
-        "naive": dataclasses.replace(moving, overlap=False),
-        "overlapped": moving,
-        "serial": dataclasses.replace(base, schedule="serial"),
-        "pipelined": dataclasses.replace(base, schedule="pipelined"),
-        "int8": dataclasses.replace(moving, bits=8),
-        "int4": dataclasses.replace(moving, bits=4),
-    }
-
-
 @dataclass
-class OffloadBench:
-    """One run on a model to which nothing is applied.
+class OffloadBench(OffloadRun):
+    """One batch whose K and V are in host memory, or elsewhere for comparison; its weights are on the device."""
 
-    profile: of its layers. base: chunks, bits, pinning of all variants in host memory.
-    batch, length: rows and tokens of the prompt. steps: timed ones, after one that warms up. say: hears which variant
-    begins. found: hears of all results after each variant, so that none is lost with a later one.
-    """
+    known: ClassVar[Sequence[str]] = VARIANTS
+    usual: ClassVar[Sequence[str]] = DEFAULT
 
-    model: Any
-    profile: Profile
-    base: Host
-    batch: int
-    length: int
-    steps: int
-    say: Callable[[str], None] = lambda message: None
-    found: Callable[[list[Measured]], None] = lambda results: None
-    pin_seconds: float = 0.0
-    pinned_bytes: int = 0
     _results: dict[str, Measured] = field(default_factory=dict)
 
     def run(self, variants: Sequence[str]) -> list[Measured]:
-        """Every variant in `variants`; those with caches of their own last. In the order of `VARIANTS`.
-
-        A variant that does not fit is a result that says so. Raises `InputError` for an unknown one.
-        """
-        if unknown := [name for name in variants if name not in VARIANTS]:
-            raise InputError(f"unknown variant {unknown[0]!r}; allowed are {', '.join(VARIANTS)}")
+        """See `OffloadRun.run`; those with caches of their own run last. One that does not fit is a result that says
+        so."""
+        chosen = self.ordered(variants)
         by_bits: dict[int, list[str]] = {}
-        for name in HOSTED:
-            if name in variants:
-                by_bits.setdefault(hosts(self.base)[name].bits, []).append(name)
+        for name, host in hosts(self.base).items():  # those with as many bits share one cache
+            if name in chosen:
+                by_bits.setdefault(host.bits, []).append(name)
         with torch.no_grad():
             for names in by_bits.values():
                 self._attempt(names, lambda names=names: self._hosted(names))  # type: ignore[misc]
             if self._clock.cuda:
                 memory.empty_pool()
             for name, run in (("device", self._device), ("transformers", self._transformers)):
-                if name in variants:
+                if name in chosen:
                     self.say(name)
                     # What transformers page-locks is refused by CUDA itself, in words of its own.
                     self._attempt([name], run, RuntimeError)
         return self._sorted()
-
-    def shape(self, name: str) -> LayerShape:
-        return layer_shape(self.model.config, self.model.dtype, hosts(self.base)[name].bits)
-
-    def predicted(self, name: str) -> Forecast:
-        """What a variant in host memory should take for its first timed step."""
-        host = hosts(self.base)[name]
-        tokens = None if host.recompute == "auto" else int(float(host.recompute) * self.length)
-        return forecast(self.shape(name), self.profile, host, self._layers, self.batch, self.length, tokens=tokens)
-
-    @property
-    def _layers(self) -> int:
-        return int(self.model.config.num_hidden_layers)
-
-    @property
-    def _clock(self) -> Clock:
-        return Clock(self.model.device, self._layers)
 
     def _sorted(self) -> list[Measured]:
         return [self._results[name] for name in VARIANTS if name in self._results]
@@ -129,7 +79,7 @@ class OffloadBench:
 
     def _device(self) -> None:
         with self._clock.peak() as peak, deltakv.apply(self.model, Full()) as handle:
-            cache = handle.new_cache(max_length=self.length + self.steps + 2)
+            cache = handle.new_cache(max_length=self._longest)
             prefill(self.model, cache, prompt(self.model.config, self.batch, self.length))
             taken, busy, _ = self._decode(cache)
             self._note(Measured("device", taken, gpu_busy=busy, device_peak=peak()))
@@ -169,9 +119,9 @@ class OffloadBench:
         forecasts = {name: self.predicted(name) for name in names}
         most = max(found.split.share for found in forecasts.values())
         widest = dataclasses.replace(hosts(self.base)[names[0]], schedule="pipelined", recompute=most, overlap=True)
-        self._page_lock(self.shape(names[0]), most)
+        self._page_lock(names[0], most)
         with deltakv.apply(self.model, Full(), kv_device=widest) as handle:
-            cache: Any = handle.new_cache(max_length=self.length + self.steps + 2)
+            cache: Any = handle.new_cache(max_length=self._longest)
             self.say("the prompt")
             prefill(self.model, cache, prompt(self.model.config, self.batch, self.length))
             for name in names:
@@ -181,23 +131,9 @@ class OffloadBench:
                 with self._clock.peak() as peak:
                     taken, busy, seen = self._decode(cache)
                 cache.crop(-(self.steps + 2))
-                split, shape = int(share * self.length), self.shape(name)
-                moved = self._layers * self.batch * (split * shape.alpha + (self.length - split) * shape.kappa)
-                host_bytes = cache.host_rows.host_bytes
+                moved, host_bytes = self._moved(name, share), cache.host_rows.host_bytes
                 self._note(Measured(name, taken, forecasts[name], moved, busy, peak(), host_bytes, seen))
             cache.reset()
-
-    def _page_lock(self, shape: LayerShape, share: float) -> None:
-        """Takes the memory of such a cache ahead, and notes how long that took."""
-        if not (self._clock.cuda and self.base.pinned):
-            return
-        longest, x = self.length + self.steps + 2, int(share * (self.length + self.steps + 2))
-        layer = memory.slabs_bytes(self.batch * shape.kappa, longest)
-        layer += memory.slabs_bytes(self.batch * shape.alpha, x) if x else 0
-        self.say("page-locking host memory")
-        kept = memory.pooled_bytes()
-        self.pin_seconds += page_lock(self._layers * layer, say=self.say)
-        self.pinned_bytes += max(self._layers * layer - kept, 0)
 
     def _decode(self, cache: Any) -> Any:
         """See `Clock.steps`: each step goes on with the token of the one before."""

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 import deltakv
+from deltakv.bench.offload_run import layer_slabs
 from deltakv.bench.offload_steps import prompt
 from deltakv.config import Full
-from deltakv.offload import memory
 from deltakv.offload.ahead import page_lock
 from deltakv.offload.config import Host
 
@@ -63,10 +63,9 @@ def grow(
         weights += ids.nbytes if model.device.type == "cuda" else 0
         if model.device.type == "cuda":
             say("page-locking host memory")
-            shape, layers = handle.offload.shape, model.config.num_hidden_layers  # type: ignore[union-attr]
-            layer = memory.slabs_bytes(batch * shape.kappa, lengths[-1])
-            layer += memory.slabs_bytes(batch * shape.alpha, lengths[-1]) if not handle.offload.reason else 0  # type: ignore[union-attr]
-            page_lock(layers * layer, say=say)
+            offload: Any = handle.offload
+            layer = layer_slabs(offload.shape, batch, lengths[-1], 0 if offload.reason else lengths[-1])
+            page_lock(model.config.num_hidden_layers * layer, say=say)
         for length in lengths:
             say(f"{length:,} tokens")
             _reset_peak(model.device)

@@ -10,7 +10,6 @@ import typer
 
 from deltakv.cli import options
 from deltakv.cli.bench_job import Job
-from deltakv.errors import InputError
 
 
 def offload(
@@ -55,15 +54,14 @@ def offload(
 
     [bold]Example:[/bold] deltakv bench offload --model opt-6.7b --context 2048 --batch 32 --dtype float16
     """
-    from deltakv.bench import offload as row_by_row
-    from deltakv.bench import throughput
+    from deltakv.bench.offload import OffloadBench
+    from deltakv.bench.offload_run import OffloadRun
     from deltakv.bench.offload_steps import Measured, timelines
+    from deltakv.bench.throughput import ThroughputBench
     from deltakv.offload.config import Host
 
-    allowed = row_by_row.VARIANTS if batches == 1 else throughput.VARIANTS
-    wanted = variant or list(row_by_row.DEFAULT if batches == 1 else throughput.VARIANTS)
-    if unknown := [name for name in wanted if name not in allowed]:
-        raise InputError(f"unknown variant {unknown[0]!r}; allowed are {', '.join(allowed)}")
+    kind: type[OffloadRun] = OffloadBench if batches == 1 else ThroughputBench
+    wanted = kind.ordered(variant or kind.usual)  # refused before weights are made
     base = Host(recompute=_share(recompute), bits=bits, chunk_mib=chunk_mib, chunks=chunks)
     job = Job(model, ["full"], device, dtype, output_json, plot)
     from deltakv.bench.dims import resized
@@ -76,11 +74,9 @@ def offload(
     with job.work("offload", len(wanted) + 3) as (made, advance):
         advance("rates")
         profile = measure_model(made)
-        bench: Any
-        if batches == 1:
-            bench = row_by_row.OffloadBench(made, profile, base, batch_size, input_len, num_iters, advance)
-        else:
-            bench = throughput.ThroughputBench(made, profile, base, batches, batch_size, input_len, num_iters, advance)
+        asked = (made, profile, base, batch_size, input_len, num_iters, advance)
+        bench: OffloadRun
+        bench = OffloadBench(*asked) if batches == 1 else ThroughputBench(*asked, batches=batches)
 
         def keep(results: list[Measured]) -> None:
             job.write(
