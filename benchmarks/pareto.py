@@ -24,8 +24,9 @@ import torch
 
 from deltakv import loading
 from deltakv.bench.provenance import provenance
+from deltakv.bench.random_model import kv_shape
 from deltakv.evals import texts
-from deltakv.evals.windows import Window, interval, measure_windows, open_window
+from deltakv.evals.windows import Window, measure_windows, open_window
 from deltakv.methods import parse
 
 #: Methods as a report shows them, and what they are. {b}: the budget; {h}: half of it; {w}: what is left of it beside a
@@ -72,25 +73,13 @@ def pieces(tokenizer: Any, paths: list[Path], context: int, skip: int) -> list[t
     return found
 
 
-def bytes_a_token(config: Any) -> int:
-    """Of K and V of a token in one layer, in 16 bits."""
-    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(2 * config.num_key_value_heads * dim * 2)
-
-
 def measured(model: Any, text: str, windows: list[Window]) -> dict[str, Any]:
     begin = time.perf_counter()
     found = measure_windows(model, parse(text), windows)
-    kl = found.differences.kl
+    heads, dim = kv_shape(model.config)
     return {
-        "attended_tokens": found.attended,
-        "attended_bytes": found.attended * bytes_a_token(model.config),
-        "positions": len(kl),
-        "kl_mean": kl.mean().item(),
-        "kl_interval": interval(kl),
-        "kl_p99": kl.quantile(0.99).item(),
-        "top1": found.differences.agree.double().mean().item(),
-        "perplexity": found.differences.surprise.mean().exp().item(),
+        **found.numbers(),
+        "attended_bytes": found.attended * (2 * heads * dim * 2),  # K and V, in 16 bits
         "seconds": round(time.perf_counter() - begin, 2),
     }
 

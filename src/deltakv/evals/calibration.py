@@ -168,19 +168,8 @@ class Confirmed:
 def confirm(model: Any, name: str, method: Any, windows: Sequence[Window], advance: Advance) -> Confirmed:
     """A method on windows, with how sure its numbers are."""
     found = measure_windows(model, method, windows, advance, recall=True)
-    kl = found.differences.kl
-    numbers = {
-        "method": name,
-        "attended_tokens": found.attended,
-        "positions": len(kl),
-        "kl_mean": kl.mean().item(),
-        "kl_interval": interval(kl),
-        "kl_p99": kl.quantile(0.99).item(),
-        "top1": found.differences.agree.double().mean().item(),
-        "perplexity": found.differences.surprise.mean().exp().item(),
-        "recall": found.recall,
-    }
-    return Confirmed(name, found.attended, kl, numbers)
+    numbers = {"method": name, **found.numbers(), "recall": found.recall}
+    return Confirmed(name, found.attended, found.differences.kl, numbers)
 
 
 def share(ours: Tensor, other: Tensor) -> dict[str, Any]:

@@ -79,6 +79,19 @@ class Found:
     attended: float
     recall: float | None
 
+    def numbers(self) -> dict[str, Any]:
+        """For JSON, with how sure the mean of KL is."""
+        found = self.differences.summary()
+        return {
+            "attended_tokens": self.attended,
+            "positions": found.positions,
+            "kl_mean": found.kl_mean,
+            "kl_interval": interval(self.differences.kl),
+            "kl_p99": found.kl_p99,
+            "top1": found.top1,
+            "perplexity": found.perplexity,
+        }
+
 
 def measure_windows(
     model: Any,
