@@ -6,8 +6,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import torch
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+import deltakv
+from hf.harness import ragged
+from hf.on_device import COVERING, Talk
 
 _models: dict[tuple[str, int], Any] = {}
 
@@ -50,3 +55,19 @@ def model_of(tiny_model: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
         if left != before:
             del _models[key]
         assert left == before, f"the test left traces on the shared model {key}"
+
+
+@pytest.fixture
+def talk(model_of: Any, tiny_model: Any) -> Iterator[Callable[..., Talk]]:
+    """`talk(*lengths, kind="llama", cache={})` begins one, under a budget that covers it; `cache`: of `new_cache`."""
+    handles = []
+
+    def begin(*rows: int, kind: str = "llama", cache: dict[str, Any] | None = None) -> Talk:
+        handle = deltakv.apply(model_of(kind), COVERING)
+        handles.append(handle)
+        return Talk(model_of(kind), tiny_model(kind), handle, ragged(*rows), handle.new_cache(**cache or {}))
+
+    with torch.no_grad():
+        yield begin
+    for handle in handles:
+        handle.remove()

@@ -3,100 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import triton_ops
-from paged_inputs import EQUAL, LENGTHS, LONG, Paged, absolute, make_paged
+from attention_cases import (
+    ATTENTION,
+    CASES,
+    GROUPED,
+    OWN,
+    STATS,
+    Op,
+    make_case,
+    reference,
+    tensors,
+    with_two_threads,
+)
+from paged_inputs import LENGTHS, absolute, make_paged
 from torch import Tensor
 
 from deltakv import ops
 from deltakv.ops.decode_attention import flash
 from deltakv.ops.decode_attention.naive import decode_attention as naive_attention
 from deltakv.ops.decode_attention.naive import decode_attention_stats as naive_stats
-from oracle import attention
-
-Op = Callable[..., Any]
-ATTENTION = [
-    pytest.param(ops.decode_attention, id="registered"),
-    pytest.param(flash.decode_attention, id="pytorch"),
-    pytest.param(triton_ops.attention, id="triton", marks=pytest.mark.gpu),
-    pytest.param(naive_attention, id="naive"),
-]
-STATS = [
-    pytest.param(ops.decode_attention_stats, id="registered"),
-    pytest.param(flash.decode_attention_stats, id="pytorch"),
-    pytest.param(naive_stats, id="naive"),
-]
-#: What applications run; the naive versions say what is meant and promise no bits.
-RUNNING = [
-    pytest.param(ops.decode_attention, id="attention"),
-    pytest.param(ops.decode_attention_stats, id="stats"),
-    pytest.param(flash.decode_attention, id="pytorch-attention"),
-    pytest.param(flash.decode_attention_stats, id="pytorch-stats"),
-    pytest.param(triton_ops.attention, id="triton-attention", marks=pytest.mark.gpu),
-    pytest.param(triton_ops.attention_stats, id="triton-stats", marks=pytest.mark.gpu),
-]
-
-#: The layout of the library's own pool.
-OWN = "heads_outermost"
-
-#: What is varied in one random batch over LENGTHS; every value stands beside several others.
-CASES: dict[str, dict[str, Any]] = {
-    "gqa": {},
-    "mha": {"n_heads": 4, "n_kv": 4, "head_dim": 64, "table": "contiguous", "layout": OWN},
-    "mqa": {"n_heads": 5, "n_kv": 1, "head_dim": 80, "page_size": 32, "table": "shared"},
-    "wide": {"n_heads": 12, "n_kv": 2, "head_dim": 128, "layout": "interleaved", "table": "shared"},
-    "sinks": {"sinks": True, "layout": "heads_first", "table": "shared"},
-    "sinks-wide": {"n_heads": 8, "n_kv": 2, "head_dim": 64, "page_size": 64, "sinks": True, "layout": OWN},
-    "page-32": {"page_size": 32, "layout": "interleaved", "head_dim": 80, "table": "contiguous"},
-    "page-32-shared": {"page_size": 32, "layout": OWN, "head_dim": 80, "table": "shared", "n_heads": 6, "n_kv": 3},
-    "page-64": {"page_size": 64, "layout": "heads_first", "head_dim": 128},
-    "page-128": {"page_size": 128, "layout": "interleaved", "table": "shared", "extra_width": 0},
-    "exact-width": {"extra_width": 0, "table": "contiguous", "n_heads": 2, "n_kv": 1},
-    "very-wide": {"extra_width": 200, "head_dim": 64, "layout": OWN},
-    "sharp": {"sharpness": 40.0, "head_dim": 64, "layout": OWN},
-    "sharp-sinks": {"sharpness": 40.0, "sinks": True},
-    "flat": {"sharpness": 0.0, "page_size": 32},
-    "equal": {"lengths": EQUAL, "table": "contiguous", "layout": OWN},
-    "equal-scattered": {"lengths": EQUAL, "table": "permuted", "layout": OWN, "sinks": True},
-    "equal-interleaved": {"lengths": EQUAL, "table": "contiguous", "layout": "interleaved", "n_heads": 8},
-    "all-equal": {"lengths": (333,) * 5, "table": "contiguous", "layout": OWN, "head_dim": 64},
-    "all-equal-sinks": {"lengths": (64,) * 9, "table": "permuted", "sinks": True, "n_kv": 1},
-    "long": {"lengths": LONG, "table": "halves", "head_dim": 64, "layout": "interleaved"},
-    "long-sinks": {"lengths": LONG, "layout": OWN, "page_size": 32, "sinks": True, "n_heads": 8},
-}
-
-
-def make_case(case: str, **more: Any) -> Paged:
-    return make_paged(**{"lengths": LENGTHS, **CASES[case], **more})
-
-
-def reference(batch: Paged) -> tuple[Tensor, list[list[Tensor]], Tensor]:
-    """The oracle's output [rows, n_heads, d], logits [row][head] of visible tokens, lse [rows, n_heads]."""
-    rows, n_heads, _ = batch.q.shape
-    groups = batch.seq_lens.shape[1]
-    per_group = n_heads // groups
-    out = torch.zeros(batch.q.shape, dtype=torch.float64)
-    lse = torch.full((rows, n_heads), -math.inf, dtype=torch.float64)
-    logits: list[list[Tensor]] = [[torch.empty(0)] * n_heads for _ in range(rows)]
-    for row in range(rows):
-        for group in range(groups):
-            heads = slice(group * per_group, (group + 1) * per_group)
-            k, v = batch.keys[row][group], batch.values[row][group]
-            sinks = None if batch.sinks is None else batch.sinks[heads]
-            visible = torch.ones(len(k), dtype=torch.bool)
-            out[row, heads] = attention(batch.q[row, heads], k, v, visible, batch.scale, sinks)[0]
-            for head in range(heads.start, heads.stop):
-                kv = (head - heads.start) // (per_group // k.shape[1])
-                logits[row][head] = k[:, kv].double() @ batch.q[row, head].double() * batch.scale
-                terms = logits[row][head]
-                if batch.sinks is not None:
-                    terms = torch.cat([terms, batch.sinks[head].double().reshape(1)])
-                lse[row, head] = torch.logsumexp(terms, 0) if len(terms) else -math.inf
-    return out, logits, lse
 
 
 @pytest.mark.parametrize("op", ATTENTION)
@@ -132,17 +61,6 @@ def test_statistics_equal_dense_reference(op: Op, case: str) -> None:
             rtol=1e-6,
             atol=2e-4 if sharp else 1e-5,
         )
-
-
-GROUPED = [
-    [0, 40],
-    [16, 17],
-    [33, 1],
-    [64, 64],
-    [300, 290],
-    [1, 0],
-    [129, 257],
-]
 
 
 @pytest.mark.parametrize("sinks", [False, True])
@@ -181,117 +99,6 @@ def test_one_group_for_each_kv_head(op: Op) -> None:
     lengths = [[5, 17, 33, 0], [100, 1, 16, 48], [64, 65, 66, 67]]
     batch = make_paged(lengths, n_heads=8, n_kv=4, groups=4, table="shared", layout="interleaved")
     torch.testing.assert_close(op(*batch.arguments).double(), reference(batch)[0], rtol=0, atol=1e-5)
-
-
-def tensors(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return result if isinstance(result, tuple) else (result,)
-
-
-def assert_same_bits(got: Tensor | tuple[Tensor, ...], want: Tensor | tuple[Tensor, ...], what: str) -> None:
-    for a, b in zip(tensors(got), tensors(want), strict=True):
-        assert torch.equal(a, b), f"{what}: differs by up to {(a - b).abs().nan_to_num().max()}"
-
-
-@pytest.mark.parametrize("op", RUNNING)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("case", [case for case in CASES if case not in ("page-128", "flat", "sharp")])
-def test_a_row_does_not_depend_on_its_batch(op: Op, case: str, dtype: torch.dtype) -> None:
-    """Bitwise: alone, in another order, and beside other neighbours."""
-    batch = make_case(case, seed=7, dtype=dtype)
-    n_rows = len(batch.q)
-    together = tensors(op(*batch.arguments))
-    others = [n_rows - 4] * 20 + list(range(0, n_rows, 2))
-    for rows in (list(reversed(range(n_rows))), others, *([row] for row in range(n_rows))):
-        assert_same_bits(op(*batch.rows(rows)), tuple(x[rows] for x in together), f"rows {rows}")
-
-
-def with_two_threads(op: Op) -> Op:
-    """The op with two threads, and the test around it as before."""
-
-    def threaded(*arguments: Any) -> Any:
-        before = torch.get_num_threads()
-        torch.set_num_threads(2)
-        try:
-            return op(*arguments)
-        finally:
-            torch.set_num_threads(before)
-
-    return threaded
-
-
-@pytest.mark.parametrize("op", RUNNING)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("n_kv", [1, 2])
-@pytest.mark.parametrize("equal", [False, True])
-def test_a_row_does_not_depend_on_its_batch_with_threads(op: Op, dtype: torch.dtype, n_kv: int, equal: bool) -> None:
-    """Rows of one length that lie side by side may be read in one go, and each thread's buffer may begin anywhere."""
-    lengths = [333] * 5 if equal else [300, 17, 1100, 1100, 1025, 1000, 64]
-    table = "contiguous" if equal else "permuted"
-    batch = make_paged(lengths, head_dim=64, n_heads=4 * n_kv // 2, n_kv=n_kv, layout=OWN, dtype=dtype, table=table)
-    op = with_two_threads(op)
-    torch.testing.assert_close(
-        tensors(op(*batch.arguments))[0].double(),
-        reference(batch)[0],
-        rtol=0,
-        atol=1e-5 if dtype == torch.float32 else 2e-2,
-    )
-    together = tensors(op(*batch.arguments))
-    for rows in ([0], [2], [4], [3, 1], [4, 3, 2, 1, 0]):
-        assert_same_bits(op(*batch.rows(rows)), tuple(x[rows] for x in together), f"rows {rows}")
-
-
-@pytest.mark.parametrize("op", RUNNING)
-def test_one_head_and_many_threads(op: Op) -> None:
-    """A row alone leaves threads idle, a batch does not: that may not decide how a row is cut."""
-    batch = make_paged([511, 512, 513, 1000] * 2, head_dim=64, n_heads=1, n_kv=1, layout=OWN)
-    op = with_two_threads(op)
-    together = tensors(op(*batch.arguments))
-    for row in range(8):
-        assert_same_bits(op(*batch.rows([row])), tuple(x[[row]] for x in together), f"row {row}")
-
-
-@pytest.mark.parametrize("op", RUNNING)
-def test_head_groups_do_not_depend_on_the_batch(op: Op) -> None:
-    batch = make_paged(GROUPED, n_heads=8, n_kv=4, groups=2, head_dim=64, layout=OWN)
-    together = tensors(op(*batch.arguments))
-    for row in range(len(GROUPED)):
-        assert_same_bits(op(*batch.rows([row])), tuple(x[[row]] for x in together), f"row {row}")
-
-
-@pytest.mark.parametrize("op", RUNNING)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("lengths", [pytest.param(LENGTHS, id="short"), pytest.param(LONG, id="long")])
-@pytest.mark.parametrize("table", ["permuted", "halves"])
-@pytest.mark.parametrize("layout", ["interleaved", OWN])
-def test_a_row_does_not_depend_on_where_its_pages_lie(
-    op: Op, dtype: torch.dtype, lengths: tuple[int, ...], table: str, layout: str
-) -> None:
-    """Bitwise: which pages of the pool a row was given follows from its neighbours, so it may not show."""
-    in_order = make_paged(lengths, head_dim=64, table="contiguous", layout=layout, dtype=dtype)
-    elsewhere = make_paged(lengths, head_dim=64, table=table, layout=layout, dtype=dtype)
-    assert torch.equal(in_order.q, elsewhere.q) and torch.equal(in_order.keys[-1][0], elsewhere.keys[-1][0])
-    want, got = tensors(op(*in_order.arguments)), tensors(op(*elsewhere.arguments))
-    for row, length in enumerate(lengths):
-        assert_same_bits(tuple(x[row] for x in got), tuple(x[row] for x in want), f"row of {length} tokens")
-
-
-@pytest.mark.parametrize("op", [*ATTENTION, *STATS])
-def test_what_lies_behind_the_table_changes_nothing(op: Op) -> None:
-    """Other garbage in the unused table entries, bit for bit the same result."""
-    batch = make_paged(LENGTHS, seed=3)
-    first = op(*batch.arguments)
-    for row, length in enumerate(batch.seq_lens[:, 0].tolist()):
-        batch.block_table[row, 0, math.ceil(length / 16) :] = row % len(batch.k_cache)
-    assert_same_bits(op(*batch.arguments), first, "other entries")
-
-
-@pytest.mark.parametrize("op", RUNNING)
-def test_called_in_inference_mode_first(op: Op) -> None:
-    """Buffers that are kept from call to call can be written in either mode."""
-    batch = make_paged([61, 61], n_heads=6, n_kv=3, head_dim=48, layout=OWN, table="permuted")
-    with torch.inference_mode():
-        first = op(*batch.arguments)
-    assert_same_bits(op(*batch.arguments), first, "without inference mode")
 
 
 def check_bfloat16(op: Op, longest: int, **options: Any) -> None:
