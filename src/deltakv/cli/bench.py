@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -177,9 +177,12 @@ def sweep(
     settings = Settings(num_iters, num_iters_warmup, job.compiled(compiled))
     job.extend_positions(max(contexts) + settings.room)
     with job.work("sweep", len(job.methods) * len(batches)) as (made, advance):
-        entries = list(run(made, job.methods, contexts, batches, settings, advance, job.leave_out))
-    job.require(entries)
-    results = [entry.numbers(job.bandwidth) for entry in entries]
+        results: list[dict[str, Any]] = []
+        for entry in run(made, job.methods, contexts, batches, settings, advance, job.leave_out):
+            results.append(entry.numbers(job.bandwidth))
+            # After each: a run that is killed has lost one of them.
+            job.write({"bench": "sweep", "compiled": settings.compiled, "trends": trends(results)}, results, say=False)
+    job.require(results)
     title = f"{model}, {job.dtype_name}, {job.device_name}"
     job.show(report.sweep_table(results), title)
     found = trends(results)

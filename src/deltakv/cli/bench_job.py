@@ -123,13 +123,13 @@ class Job:
 
         print_table(table, title)
 
-    def write(self, facts: dict[str, Any], results: Iterable[dict[str, Any]]) -> None:
+    def write(self, facts: dict[str, Any], results: Iterable[dict[str, Any]], *, say: bool = True) -> None:
         from deltakv.bench.provenance import provenance
 
         header = {**provenance(), "model": self.name, "dtype": self.dtype_name, "device": self.device_name}
         header["left_out"] = self.left_out
         options.write_json(self._json, {**header, "copy_bandwidth": self.bandwidth, **facts, "results": list(results)})
-        if self._json is not None:
+        if self._json is not None and say:
             options.say(f"json: {self._json}")
 
     def draw(self, plot: Callable[[Sequence[Any], str, Path], None], results: list[Any], title: str) -> None:
