@@ -109,7 +109,7 @@ def save_tiny(folder: Path) -> None:
 
 
 def start(dims: str, folder: Path, name: str, longest: int, **engine: Any) -> tuple[Any, dict[str, Any]]:
-    """An engine, and what it took to start. engine: further arguments for vLLM."""
+    """An engine, and what it took to start. engine: further arguments for vLLM, which come before those here."""
     began = time.time()
     from vllm import LLM
 
@@ -121,10 +121,11 @@ def start(dims: str, folder: Path, name: str, longest: int, **engine: Any) -> tu
     memory: dict[str, Any] = {"gpu_memory_utilization": 0.85}
     if dims == "tiny":
         memory = {"gpu_memory_utilization": 0.05, "kv_cache_memory_bytes": 2 << 30}
+    memory.update(engine)
     llm = LLM(
         model=str(folder), load_format="auto" if dims == "tiny" else "dummy", skip_tokenizer_init=True, seed=0,
         dtype="bfloat16", max_model_len=longest, max_num_seqs=64, enable_prefix_caching=True, block_size=16,
-        max_logprobs=-1, **memory, **engine,
+        max_logprobs=-1, **memory,
     )  # fmt: skip
     return llm, {"contender": name, "dims": dims, "settings": settings, "start_s": round(time.time() - began, 1)}
 

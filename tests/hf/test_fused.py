@@ -3,6 +3,7 @@ afterwards."""
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import deltakv
 from deltakv.errors import UnsupportedUseError
+from deltakv.integrations.hf import fused
 from hf.harness import left_padded, tokens
 
 SPARSE = deltakv.Delta(budget=64, recent=16, sinks=16, min_context=100)
@@ -94,6 +96,25 @@ def test_memory_and_names_stay(tiny_model: Any) -> None:
     for layer in (attention.q_proj, attention.k_proj, mlp.up_proj):
         assert "forward" not in vars(layer)
         assert layer.weight.untyped_storage().nbytes() == layer.weight.nbytes
+
+
+def test_a_removed_handle_keeps_no_weights(tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As layers get their own back, one joint weight after the other goes: no second model, not even in between."""
+    model = tiny_model("qwen2")
+    handle = deltakv.apply(model, SPARSE, fuse=True)
+    joint = [weakref.ref(product._weight) for product in handle._forwards.fused]
+    alive = []
+    own = fused._own
+
+    def watched(parameter: nn.Parameter) -> None:
+        own(parameter)
+        alive.append(sum(weight() is not None for weight in joint))
+
+    monkeypatch.setattr(fused, "_own", watched)
+    handle.remove()
+    assert len(joint) == 2 * model.config.num_hidden_layers
+    assert alive == sorted(alive, reverse=True) and alive[0] == len(joint) and alive[-1] == 1
+    assert handle.stats is not None and not any(weight() is not None for weight in joint)
 
 
 def test_new_values_in_place_count(tiny_model: Any) -> None:

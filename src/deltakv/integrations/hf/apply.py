@@ -114,6 +114,9 @@ class Handle:
             self._install(undo)
             if model.device.type == "cuda" if fuse is None else fuse:
                 self._forwards.fused = fuse_projections(model, undo)
+                # First of all, so that joint weights go as layers get their own: whoever keeps the handle for its
+                # statistics would keep half of the model twice.
+                undo.callback(self._forwards.fused.clear)
             self._undo = undo.pop_all()
 
     @property

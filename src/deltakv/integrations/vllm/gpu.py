@@ -181,20 +181,17 @@ class SparseGPUImpl(FlashAttentionImpl):
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
-        def flash(metadata: FlashAttentionMetadata | None, first: int) -> None:
-            super(SparseGPUImpl, self).forward(
-                layer, query[first:], key[first:], value[first:], kv_cache, metadata, output[first:],
-                output_scale, output_block_scale,
-            )  # fmt: skip
-
         if not isinstance(attn_metadata, SplitMetadata):
-            flash(attn_metadata, 0)
+            # As they are: four slices a layer are a noticeable part of a short prompt's launches.
+            scales = output_scale, output_block_scale
+            super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *scales)
             return output
         step, name = attn_metadata.decode, layer.layer_name
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError("deltakv does not quantise the output of attention")
         if attn_metadata.prompts is not None:
-            flash(attn_metadata.prompts, step.rows)
+            behind_them = (x[step.rows :] for x in (query, key, value))
+            super().forward(layer, *behind_them, kv_cache, attn_metadata.prompts, output[step.rows :])
         # The layout of 0.26 and 0.27: logical [blocks, heads, tokens, K and V side by side], any strides.
         k_cache, v_cache = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
         decode_output = output[: step.rows].view(step.rows, self.num_heads, self.head_size)
