@@ -238,7 +238,7 @@ def rewritten(path: Path) -> str:
     results = "\n\n".join(table(data) for data in comparisons())
     parts = {
         START: results, START_FLOORS: floors(), START_GPU: gpu(), START_STEPS: summary(),
-        START_SERVING: vllm_tables.serving(benches("vllm"), benches("vllm-server"), benches("vllm-tp")),
+        START_SERVING: vllm_tables.serving(*map(benches, ("vllm", "vllm-server", "vllm-tp", "vllm-beside"))),
         START_OFFLOAD: offload(),
     }  # fmt: skip
     for start, content in parts.items():

@@ -1,4 +1,4 @@
-"""Tables of what was measured inside vLLM: benchmarks/vllm_gpu.py, vllm_server.py and vllm_tp.py."""
+"""Tables of what was measured inside vLLM: benchmarks/vllm_*.py."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from markdown_tables import card_of, commit_of, grid, shown
 Found = list[tuple[str, dict[str, Any]]]
 
 
-def serving(engines: Found, servers: Found, pairs: Found) -> str:
+def serving(engines: Found, servers: Found, pairs: Found, beside: Found) -> str:
     """All of them, each with its source. Arguments: results by the name of their file."""
     parts = [part for _, data in engines for part in (*engine_tables(data), source(data))]
     parts += [part for _, data in servers for part in (server_table(data), source(data))]
     parts += [part for _, data in pairs for part in (*pair_tables(data), source(data))]
+    parts += [part for _, data in beside for part in (beside_table(data), source(data))]
     return "\n\n".join(parts) or "No run is stored yet."
 
 
@@ -81,6 +82,23 @@ def pair_tables(data: dict[str, Any]) -> list[str]:
         title = "**Two GPUs against one**: the largest difference of a log-probability, median over steps"
         tables.append(grid(title, "context | " + " | ".join(names), rows))
     return tables
+
+
+def beside_table(data: dict[str, Any]) -> str:
+    """One run of vllm_beside.py: medians, and how much more than the first contender in the same turn."""
+    names = list(dict.fromkeys(name for found in data["results"] for name in found["ms"]))
+    words = {"stock": "stock", "full": "full attention by deltakv", "delta": "DELTA", "local": "DELTA, local picks"}
+    kinds = {"ttft": "first token", "step": "step"}
+    rows = []
+    for found in data["results"]:
+        model = found["model"].replace("qwen2-", "Qwen2 ") + (f", {found['gpus']} GPUs" if found["gpus"] > 1 else "")
+        rows.append([model, kinds[found["what"]], size(found)])
+        rows[-1] += [shown(found["ms"][name][1] if name in found["ms"] else None, "{:.2f}") for name in names]
+        low, middle, high = found["more"]["delta"]
+        rows[-1] += [f"{middle:+.1%}", f"{low:+.1%} to {high:+.1%}"]
+    title = "**Engines up at once, asked in turns**, ms, medians; how much more DELTA takes in the same turn"
+    headings = ["dimensions", "what", "rows x context", *(words[name] for name in names), "more", "middle half"]
+    return grid(title, " | ".join(headings), rows)
 
 
 def size(shape: dict[str, Any]) -> str:

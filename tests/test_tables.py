@@ -49,16 +49,30 @@ def test_tables_of_serving_say_what_was_measured() -> None:
     ]
     median = {"contexts": [6000], "median": [0.0125]}
     pair = {"7b": {f"{name}-2": result for name, result in engine.items()}, "equal": {"stock": median, "delta": median}}
+    beside = [
+        {
+            "setup": "two-gpus", "model": "qwen2-7b", "gpus": 2, "what": "step", "rows": 64, "context": 16000,
+            "ms": {"local": [3.0, 4.0, 5.0], "delta": [3.3, 4.2, 5.1]}, "more": {"delta": [-0.01, 0.03, 0.125]},
+        },
+        {
+            "setup": "7b", "model": "qwen2-7b", "gpus": 1, "what": "ttft", "rows": 1, "context": 1000,
+            "ms": {"stock": [1.0, 2.0, 3.0], "full": [1.0, 2.5, 3.0], "delta": [1.0, 1.5, 3.0]},
+            "more": {"full": [0.1, 0.2, 0.3], "delta": [-0.5, -0.25, 0.0]},
+        },
+    ]  # fmt: skip
     text = vllm_tables.serving(
         [("one", {**facts, "parts": {"1.5b": engine, "7b": {"stock": engine["stock"]}}})],
         [("two", {**facts, "model": "qwen2-7b", "together": True, "results": served})],
         [("three", {**facts, "parts": pair})],
+        [("four", {**facts, "results": beside})],
     )
-    assert "| Qwen2 1.5b | 64 x 16,000 | 8.00 |  | 4.00 | 2.00x | +1.0% |" in text and "| Qwen2 7b |" not in text
+    assert "| Qwen2 1.5b | 64 x 16,000 | 8.00 |  | 4.00 | 2.00x | +1.0% |" in text and "| Qwen2 7b | 64 x" not in text
     assert "| 64 x 1,000 | 100.0 | 101.0 | +1.0% | 8.00 | 4.00 | 2.00x | 8.00 | 4.00 | 2.00x |" in text
     assert "| 64 x 16,000 | 8.00 | 4.00 | 3.20 | 2.00x | +25.0% |" in text
     assert "| 6,000 | 0.0125 | 0.0125 |" in text
-    assert text.count("<sub>2026-11-26, 2 x H200, bfloat16, vLLM 0.26.0, torch 2.11.0, commit 012345678</sub>") == 3
+    assert "| Qwen2 7b, 2 GPUs | step | 64 x 16,000 | 4.00 | 4.20 |  |  | +3.0% | -1.0% to +12.5% |" in text
+    assert "| Qwen2 7b | first token | 1 x 1,000 |  | 1.50 | 2.00 | 2.50 | -25.0% | -50.0% to +0.0% |" in text
+    assert text.count("<sub>2026-11-26, 2 x H200, bfloat16, vLLM 0.26.0, torch 2.11.0, commit 012345678</sub>") == 4
 
 
 @pytest.fixture

@@ -301,19 +301,52 @@ def figures() -> None:
 
 
 def ranks() -> None:
-    """On a GPU vLLM's NCCL communicator takes the largest, in place; where it is off, that is refused."""
+    """On a GPU vLLM's NCCL communicator is asked for the largest of each token; where it is off, that is refused. Each
+    rank does a share of the rows, whatever their number, and all get the pages of all."""
     from deltakv.errors import UnsupportedUseError
     from deltakv.integrations.vllm import ranks as module
 
-    asked: list[Any] = []
-    nccl = SimpleNamespace(disabled=False, all_reduce=lambda *x, op: asked.append((x, op)))
-    module.get_tp_group = lambda: SimpleNamespace(device_communicator=SimpleNamespace(pynccl_comm=nccl))
+    largest = torch.distributed.ReduceOp.MAX
+
+    def pages_of(tokens: Tensor) -> Tensor:
+        return tokens.unflatten(1, (-1, 16)).sum(-1)
+
+    class Rank:
+        """One of two, as NCCL has them: it knows what the others give."""
+
+        def __init__(self, rank: int, given: list[Tensor]) -> None:
+            self.rank, self.largest = rank, torch.stack(given).amax(0)
+
+        def share(self, whole: Tensor, rank: int, rows: int) -> Tensor:
+            whole = torch.nn.functional.pad(whole, (0, 0, 0, 2 * rows - len(whole)))
+            return whole[rank * rows : (rank + 1) * rows]
+
+        def reduce_scatter(self, mine: Tensor, tokens: Tensor, op: Any) -> None:
+            assert op == largest and tokens.is_contiguous() and len(tokens) == 2 * len(mine)
+            mine.copy_(self.share(self.largest, self.rank, len(mine)))
+
+        def all_gather(self, everyones: Tensor, pages: Tensor) -> None:
+            torch.testing.assert_close(pages, pages_of(self.share(self.largest, self.rank, len(pages))))
+            for rank in range(2):
+                everyones[rank * len(pages) :][: len(pages)] = pages_of(self.share(self.largest, rank, len(pages)))
+
+    for rows in (1, 2, 5, 8):
+        given = list(torch.randn((2, rows, 64)))
+        want = pages_of(torch.maximum(*given))
+        for rank in range(2):
+            got = module.in_shares(Rank(rank, given), 2, given[rank].clone(), pages_of)
+            torch.testing.assert_close(got, want)
+
+    nccl = SimpleNamespace(disabled=False)
+    module.get_tp_group = lambda: SimpleNamespace(
+        world_size=2, device_communicator=SimpleNamespace(pynccl_comm=nccl)
+    )  # fmt: skip
+    module.in_shares = lambda *asked: asked
     scores = SimpleNamespace(is_cuda=True)
-    assert module.max_over_ranks(scores) is scores
-    assert asked == [((scores, scores), torch.distributed.ReduceOp.MAX)]
+    assert module.pages_over_ranks(scores, pages_of) == (nccl, 2, scores, pages_of)
     nccl.disabled = True
     try:
-        module.max_over_ranks(scores)
+        module.pages_over_ranks(scores, pages_of)
     except UnsupportedUseError as error:
         assert 'tp_selection="local"' in str(error)
     else:

@@ -86,11 +86,11 @@ def test_ranks_that_agree_pick_as_one() -> None:
 
     seen: list[torch.Tensor] = []
     for heads in (slice(0, 3), slice(3, 6)):
-        pick(heads, lambda scores: seen.append(scores) or scores)
+        pick(heads, lambda tokens, pages_of: seen.append(tokens) or pages_of(tokens))
     assert seen[0].shape == (5, 320)
     together = pick(slice(0, 6))
     for heads in (slice(0, 3), slice(3, 6)):
-        assert torch.equal(pick(heads, lambda _: torch.maximum(*seen)), together)
+        assert torch.equal(pick(heads, lambda _, pages_of: pages_of(torch.maximum(*seen))), together)
         assert not torch.equal(pick(heads), together)
 
 

@@ -17,6 +17,9 @@ from torch import Tensor
 
 from deltakv.methods.memory import Memory, Tally
 
+#: Makes values of pages, [rows, pages], of those of their tokens, [rows, tokens]; each row by itself.
+PagesOf = Callable[[Tensor], Tensor]
+
 
 @dataclass(frozen=True)
 class SoftmaxStats:
@@ -27,8 +30,8 @@ class SoftmaxStats:
         (learned sinks included). Beyond a row's end logits and peaks mean nothing.
     seq_lens: int32 [rows], tokens of each row, the current one included.
     page_size: tokens a page.
-    across: where the query heads are spread over ranks and all of them have a say: gives, of a value a token, fp32
-        [rows, tokens], the largest over the ranks, the same on each. None where every head is here, or picks alone.
+    across: where the query heads are spread over ranks and all of them have a say: gives what `by_page` does, of the
+        largest value of each token over the ranks, the same on each. None where every head is here, or picks alone.
     """
 
     logits: Tensor
@@ -36,12 +39,16 @@ class SoftmaxStats:
     lse: Tensor
     seq_lens: Tensor
     page_size: int
-    across: Callable[[Tensor], Tensor] | None = None
+    across: Callable[[Tensor, PagesOf], Tensor] | None = None
 
     @property
     def width(self) -> int:
         """Pages that the logits cover."""
         return self.logits.shape[1] * self.logits.shape[3] // self.page_size
+
+    def by_page(self, tokens: Tensor, pages_of: PagesOf) -> Tensor:
+        """fp32 [rows, pages] of a value a token, fp32 [rows, tokens], that is the largest over some heads."""
+        return pages_of(tokens) if self.across is None else self.across(tokens, pages_of)
 
 
 @dataclass(frozen=True)

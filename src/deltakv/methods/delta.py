@@ -39,5 +39,5 @@ def _scores(stats: SoftmaxStats) -> Tensor:
     each have to agree on tokens: a page of one token is worth its token's score."""
     if stats.across is None:
         return page_scores(stats.logits, stats.peaks, stats.lse, stats.seq_lens, stats.page_size)
-    tokens = stats.across(page_scores(stats.logits, stats.peaks, stats.lse, stats.seq_lens, 1))
-    return tokens.unflatten(1, (-1, stats.page_size)).sum(-1)
+    tokens = page_scores(stats.logits, stats.peaks, stats.lse, stats.seq_lens, 1)
+    return stats.by_page(tokens, lambda values: values.unflatten(1, (-1, stats.page_size)).sum(-1))

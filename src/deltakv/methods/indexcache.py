@@ -25,9 +25,7 @@ class IndexCacheSelector:
 
     def pick(self, stats: SoftmaxStats) -> Picks:
         tokens = page_scores(stats.logits, stats.peaks, stats.lse, stats.seq_lens, 1)
-        if stats.across is not None:
-            tokens = stats.across(tokens)
-        scores = tokens.unflatten(1, (-1, stats.page_size)).sum(-1)
+        scores = stats.by_page(tokens, lambda values: values.unflatten(1, (-1, stats.page_size)).sum(-1))
         c = self.config
         limits = c.budget_pages, c.recent_pages, c.sink_pages, c.min_context
         return Picks(*select_pages(scores, stats.seq_lens, stats.page_size, *limits))

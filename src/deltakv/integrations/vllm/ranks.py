@@ -3,33 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch.distributed
 from torch import Tensor
 from vllm.distributed.parallel_state import get_tp_group
 
 from deltakv.errors import UnsupportedUseError
+from deltakv.methods.base import PagesOf
 
 
-def across_ranks(tp_selection: str) -> Callable[[Tensor], Tensor] | None:
+def across_ranks(tp_selection: str) -> Callable[[Tensor, PagesOf], Tensor] | None:
     """How the query heads of other ranks have a say in a pick; None if there are none, or each rank picks alone."""
-    return max_over_ranks if tp_selection == "global" and get_tp_group().world_size > 1 else None
+    return pages_over_ranks if tp_selection == "global" and get_tp_group().world_size > 1 else None
 
 
-def max_over_ranks(token_scores: Tensor) -> Tensor:
-    """The largest score of each token over the ranks' heads, in place: fp32 [rows, tokens], the same on every rank.
+def pages_over_ranks(tokens: Tensor, pages_of: PagesOf) -> Tensor:
+    """fp32 [rows, pages], the same on every rank: `pages_of` the largest value of each token over the ranks' heads.
 
-    vLLM's own `all_reduce` of a group only sums. On a GPU its NCCL communicator is asked directly: it runs inside a
-    captured graph, on the stream of the step.
+    tokens: fp32 [rows, tokens], by the heads of this rank; it may be overwritten. vLLM's own collectives of a group
+    only sum. On a GPU its NCCL communicator is asked directly: it runs inside a captured graph, on the stream of the
+    step. Raises `UnsupportedUseError` if that is off.
     """
-    if token_scores.is_cuda:
-        nccl = get_tp_group().device_communicator.pynccl_comm
-        if nccl is None or nccl.disabled:
-            raise UnsupportedUseError(
-                'tp_selection="global" needs vLLM\'s NCCL communicator, which is off here; leave VLLM_DISABLE_PYNCCL '
-                'unset, or give tp_selection="local"'
-            )
-        nccl.all_reduce(token_scores, token_scores, op=torch.distributed.ReduceOp.MAX)
-        return token_scores
-    torch.distributed.all_reduce(token_scores, op=torch.distributed.ReduceOp.MAX, group=get_tp_group().device_group)
-    return token_scores
+    group = get_tp_group()
+    if not tokens.is_cuda:
+        torch.distributed.all_reduce(tokens, op=torch.distributed.ReduceOp.MAX, group=group.device_group)
+        return pages_of(tokens)
+    nccl = group.device_communicator.pynccl_comm
+    if nccl is None or nccl.disabled:
+        raise UnsupportedUseError(
+            'tp_selection="global" needs vLLM\'s NCCL communicator, which is off here; leave VLLM_DISABLE_PYNCCL '
+            'unset, or give tp_selection="local"'
+        )
+    return in_shares(nccl, group.world_size, tokens, pages_of)
+
+
+def in_shares(nccl: Any, ranks: int, tokens: Tensor, pages_of: PagesOf) -> Tensor:
+    """`pages_over_ranks`, each rank for a share of the rows, which it then hands to all: tokens cross once, and are
+    many; pages are few. If every rank were given all tokens, twice as much would cross."""
+    rows, width = tokens.shape
+    share = -(-rows // ranks)
+    if rows < share * ranks:
+        tokens = torch.nn.functional.pad(tokens, (0, 0, 0, share * ranks - rows))
+    mine = tokens.new_empty((share, width))
+    nccl.reduce_scatter(mine, tokens, op=torch.distributed.ReduceOp.MAX)
+    pages = pages_of(mine)
+    everyones = pages.new_empty((share * ranks, pages.shape[1]))
+    nccl.all_gather(everyones, pages)
+    return everyones[:rows]
