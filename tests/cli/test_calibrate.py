@@ -15,7 +15,8 @@ from deltakv.config import Delta
 from deltakv.errors import ConfigError, PlanError
 from deltakv.evals.calibration import Paid
 from deltakv.methods import parse
-from deltakv.plan import LayerPlan, model_fingerprint, paper
+from deltakv.plan import LayerPlan, Role, model_fingerprint
+from deltakv.plan import paper as paper_plan
 
 SMALL = (
     "--context", "300", "--budget", "64", "--reading", "3", "--windows", "1", "--positions", "32", "--quick", "8",
@@ -27,6 +28,7 @@ def calibrated(run: Run, folder: str, out: Path, *more: str) -> dict[str, Any]:
     result = run("calibrate", "--model", folder, "--out", str(out), *SMALL, *more)
     assert result.code == 0, result.err
     assert f"plan={out}" in result.out and "with 95%" in result.out
+    assert result.out.count("calibrated: layer ") == 1 and result.out.count("the paper's plan: layer ") == 1
     data: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
     return data
 
@@ -46,6 +48,10 @@ def test_a_plan_is_found_confirmed_and_taken(run: Run, model_folder: str, tmp_pa
     assert data["against_the_paper_s_plan"]["kl_share"] == pytest.approx(ours["kl_mean"] / paper["kl_mean"])
     assert data["against_the_paper_s_settings"]["kl_share"] == pytest.approx(ours["kl_mean"] / theirs["kl_mean"])
     assert theirs["kl_mean"] != paper["kl_mean"]
+    assert data["new_pages"] == ours["new_pages"] and full["new_pages"] == {}
+    assert [int(layer) for layer in data["new_pages"]] == plan.layers(Role.SELECT)
+    assert all(0 < share < 1 for share in data["new_pages"].values())
+    assert [int(layer) for layer in paper["new_pages"]] == paper_plan(6).layers(Role.SELECT)
     # Of all that were looked at for long, the one with the least loss is what was chosen.
     thorough = {key: loss for key, loss in data["tried"].items() if key.endswith(" thorough")}
     assert min(thorough, key=lambda key: thorough[key]) == f"{data['method']} thorough"
@@ -86,7 +92,7 @@ def test_all_numbers_of_reading_layers_cost_the_same(run: Run, model_folder: str
     data = json.loads(out.read_text(encoding="utf-8"))
     thorough = [parse(key.split()[0]) for key in data["tried"] if key.endswith(" thorough")]
     readings = {method.layer_plan(6).reads_in_full: method.budget for method in thorough}
-    known = paper(6).reads_in_full
+    known = paper_plan(6).reads_in_full
     assert len(readings) > 1
     for length in (236, 300):
         most = known * length + (6 - known) * 64

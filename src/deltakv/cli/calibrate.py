@@ -126,6 +126,7 @@ def calibrate(
         "texts": depends_on["texts"],
         "context": context,
         "pieces": len(pieces),
+        "new_pages": results[-1]["new_pages"],
         "confirmed": results,
         "against_the_paper_s_plan": gains["the paper's plan"],
         "against_the_paper_s_settings": gains["the paper's settings"],
@@ -133,11 +134,14 @@ def calibrate(
     }
     plan.save(out, **facts)
     tried.forget()
-    from deltakv.report.tables import calibration_table, print_table
+    from deltakv.report.tables import calibration_table, new_pages_line, print_table
 
     print_table(
         calibration_table(results), f"{loaded.name} after {context:,} tokens, on text that was not calibrated on"
     )
+    print("pages of a pick that its layer's last pick, one token before, did not have:")
+    for result in results[1:]:
+        print(f"  {result['method']}: {new_pages_line(result['new_pages'])}")
     print(f"plan: {plan}, budget {best.budget}, recent {best.recent}, sinks {best.sinks}")
     for name, gain in gains.items():
         low, high = gain["interval"]

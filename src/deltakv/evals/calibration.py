@@ -166,9 +166,10 @@ class Confirmed:
 
 
 def confirm(model: Any, name: str, method: Any, windows: Sequence[Window], advance: Advance) -> Confirmed:
-    """A method on windows, with how sure its numbers are."""
-    found = measure_windows(model, method, windows, advance, recall=True)
-    numbers = {"method": name, **found.numbers(), "recall": found.recall}
+    """A method on windows, with how sure its numbers are, and how much its picks change from position to position."""
+    found = measure_windows(model, method, windows, advance, picks=True)
+    new_pages = {str(layer): share for layer, share in found.new_pages.items()}
+    numbers = {"method": name, **found.numbers(), "recall": found.recall, "new_pages": new_pages}
     return Confirmed(name, found.attended, found.differences.kl, numbers)
 
 

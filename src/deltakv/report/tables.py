@@ -34,6 +34,11 @@ def calibration_table(results: Sequence[dict[str, Any]]) -> Table:
     return table
 
 
+def new_pages_line(shares: dict[str, float]) -> str:
+    """By layer that picks, the share of a pick that is new at each step. shares: as `new_pages` in a plan file."""
+    return ", ".join(f"layer {layer} {share:.1%}" for layer, share in shares.items()) or "no layer picks"
+
+
 def baseline(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The result that others are compared with: our own full attention, else stock, else the first."""
     by_name = {result["method"].split(":")[0]: result for result in results}
