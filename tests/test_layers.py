@@ -1,8 +1,8 @@
 """The rooms of docs/design.md: imports point downwards only.
 
 cli -> {evals, bench, report} -> integrations -> offload -> {methods, cache} -> {ops, plan, config, field}; errors,
-folders and version serve all. `loading` (files and names to models) stands beside the integrations. `import deltakv`
-counts as one of the integrations, since that is what the package offers.
+folders, version and plans (files of measured ones) serve all. `loading` (files and names to models) stands beside the
+integrations. `import deltakv` counts as one of the integrations, since that is what the package offers.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FLOORS: list[set[str]] = [
     {"offload"},
     {"methods", "cache"},
     {"ops", "plan", "config", "field"},
-    {"errors", "folders", "version"},
+    {"errors", "folders", "version", "plans"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 
@@ -39,10 +39,11 @@ NEIGHBOURS = {
     ("evals", "bench"),
     ("report", "evals"),
     ("deltakv", "integrations"),
+    ("plans", "errors"),
 }
 
 #: Rooms that never ask which engine they run in.
-ENGINE_FREE = {"offload", "methods", "cache", "ops", "plan", "config", "field", "errors", "folders", "version"}
+ENGINE_FREE = {"offload", "methods", "cache", "ops", "plan", "config", "field", "errors", "folders", "version", "plans"}
 ENGINES = {"transformers", "vllm", "accelerate", "peft"}
 
 

@@ -23,7 +23,7 @@ import vllm_tables
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("script", ["tables.py", "quality_tables.py"])
+@pytest.mark.parametrize("script", ["tables.py", "quality_tables.py", "measured_plans.py"])
 def test_tables_are_generated_from_results(script: str) -> None:
     done = subprocess.run(
         [sys.executable, f"benchmarks/{script}", "--check"], cwd=ROOT, capture_output=True, text=True, check=False

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from deltakv.errors import PlanError
+from deltakv.plans import MEASURED
 
 
 class Role(enum.Enum):
@@ -226,6 +227,11 @@ def resolve(spec: PlanSpec, depth: int) -> LayerPlan:
         raise PlanError(f"plan={spec!r} is not a LayerPlan, a preset's name, a string of F, S and R, or a file")
     if isinstance(spec, str) and spec in PRESETS:
         return PRESETS[spec](depth)
+    if spec == MEASURED:
+        raise PlanError(
+            f"plan={MEASURED!r} is for a kind of model, and has a budget of its own: deltakv.from_plan({MEASURED!r}, "
+            f"model) gives the method; --method delta:plan={MEASURED} and a server's settings take the name"
+        )
     if isinstance(spec, LayerPlan):
         plan = spec
     elif isinstance(spec, str) and spec and set(spec) <= {role.value for role in Role}:
@@ -234,8 +240,8 @@ def resolve(spec: PlanSpec, depth: int) -> LayerPlan:
         plan = LayerPlan.load(spec)
     else:
         raise PlanError(
-            f"plan {spec!r} is not a preset ({', '.join(sorted(PRESETS))}), not one letter a layer (F, S, R) "
-            "and not a file"
+            f"plan {spec!r} is not a preset ({', '.join(sorted([*PRESETS, MEASURED]))}), not one letter a layer "
+            "(F, S, R) and not a file"
         )
     if len(plan) != depth:
         raise PlanError(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,15 @@ from command_line import Run, refused
 from crashes import killed
 
 import deltakv
-from deltakv.config import Delta
-from deltakv.errors import ConfigError, PlanError
-from deltakv.evals.calibration import Paid
+from deltakv.bench.layer_times import LayerTimes
+from deltakv.errors import ConfigError, InputError, PlanError
+from deltakv.evals import calibration
+from deltakv.evals.windows import measure_windows
 from deltakv.methods import parse
-from deltakv.plan import LayerPlan, model_fingerprint, paper
+from deltakv.plan import LayerPlan, Role, model_fingerprint
+from deltakv.plan import paper as paper_plan
+
+command = import_module("deltakv.cli.calibrate")  # `deltakv.cli.app` has the function of that name
 
 SMALL = (
     "--context", "300", "--budget", "64", "--reading", "3", "--windows", "1", "--positions", "32", "--quick", "8",
@@ -27,6 +33,7 @@ def calibrated(run: Run, folder: str, out: Path, *more: str) -> dict[str, Any]:
     result = run("calibrate", "--model", folder, "--out", str(out), *SMALL, *more)
     assert result.code == 0, result.err
     assert f"plan={out}" in result.out and "with 95%" in result.out
+    assert result.out.count("calibrated: layer ") == 1 and result.out.count("the paper's plan: layer ") == 1
     data: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
     return data
 
@@ -46,6 +53,10 @@ def test_a_plan_is_found_confirmed_and_taken(run: Run, model_folder: str, tmp_pa
     assert data["against_the_paper_s_plan"]["kl_share"] == pytest.approx(ours["kl_mean"] / paper["kl_mean"])
     assert data["against_the_paper_s_settings"]["kl_share"] == pytest.approx(ours["kl_mean"] / theirs["kl_mean"])
     assert theirs["kl_mean"] != paper["kl_mean"]
+    assert data["new_pages"] == ours["new_pages"] and full["new_pages"] == {}
+    assert [int(layer) for layer in data["new_pages"]] == plan.layers(Role.SELECT)
+    assert all(0 < share < 1 for share in data["new_pages"].values())
+    assert [int(layer) for layer in paper["new_pages"]] == paper_plan(6).layers(Role.SELECT)
     # Of all that were looked at for long, the one with the least loss is what was chosen.
     thorough = {key: loss for key, loss in data["tried"].items() if key.endswith(" thorough")}
     assert min(thorough, key=lambda key: thorough[key]) == f"{data['method']} thorough"
@@ -63,22 +74,6 @@ def test_a_plan_is_found_confirmed_and_taken(run: Run, model_folder: str, tmp_pa
     assert compared.code == 0, compared.err
 
 
-def test_fewer_layers_that_read_everything_leave_more_to_the_others() -> None:
-    base = Delta(budget=64, recent=16, sinks=16)
-    paid = Paid(8, 3, 64, (200, 300))
-    budgets = {reading: method.budget for reading in range(1, 8) if (method := paid.fitted(base, reading))}
-    assert budgets == {1: 96, 2: 80, 3: 64}  # four would cost 1,200 of 1,220, and leave four tokens a layer
-
-    def cost(reading: int, budget: int, length: int) -> int:
-        return reading * length + (8 - reading) * budget
-
-    for reading, budget in budgets.items():
-        within = [cost(reading, budget, length) <= cost(3, 64, length) for length in (200, 250, 300)]
-        one_more = [cost(reading, budget + 16, length) <= cost(3, 64, length) for length in (200, 300)]
-        assert all(within) and not all(one_more)
-    assert Paid(8, 3, 64, (64, 300)).fitted(base, 3) is None  # nothing would be left out at 64 tokens
-
-
 def test_all_numbers_of_reading_layers_cost_the_same(run: Run, model_folder: str, tmp_path: Path) -> None:
     out = tmp_path / "plan.json"
     small = [word for word in SMALL if word not in ("--reading", "3")]
@@ -86,7 +81,7 @@ def test_all_numbers_of_reading_layers_cost_the_same(run: Run, model_folder: str
     data = json.loads(out.read_text(encoding="utf-8"))
     thorough = [parse(key.split()[0]) for key in data["tried"] if key.endswith(" thorough")]
     readings = {method.layer_plan(6).reads_in_full: method.budget for method in thorough}
-    known = paper(6).reads_in_full
+    known = paper_plan(6).reads_in_full
     assert len(readings) > 1
     for length in (236, 300):
         most = known * length + (6 - known) * 64
@@ -131,6 +126,8 @@ def test_a_plan_for_another_kind_of_model_is_refused(
         (["--context", "60"], ["--context 60", "64"]),
         (["--budget", "400"], ["budget", "300"]),
         (["--budget", "100"], ["multiple of the page size"]),
+        (["--cost", "bytes"], ["--cost 'bytes'", "tokens, time"]),
+        (["--batch", "4"], ["--batch 4", "--cost time"]),
         (["--reading", "6"], ["--reading 6", "at most 5"]),
         (["--context", "100000"], ["100,001"]),
         (["--text", "/nowhere/text"], ["/nowhere/text"]),
@@ -151,8 +148,82 @@ def test_what_is_too_short_or_of_another_run(run: Run, model_folder: str, tmp_pa
     refused(run(*words, "--text", str(text)), "to confirm on", "longer text")
     state.write_text("{}", encoding="utf-8")
     refused(run(*words), "is not the state of a calibration", str(state))
-    state.write_text(json.dumps({"header": {"model": "other"}, "losses": {}}), encoding="utf-8")
+    state.write_text(json.dumps({"header": {"model": "other"}, "times": None, "losses": {}}), encoding="utf-8")
     refused(run(*words), "another model, text or options", str(state))
+
+
+def fake_times(select: float) -> LayerTimes:
+    """A device on which a SELECT layer takes so many times what a FULL one does, and a small pick next to nothing."""
+    full = {236: 2.0, 300: 3.0}
+    return LayerTimes.of(full, {at: select * ms for at, ms in full.items()}, {32: 0.1, 128: 0.4, 208: 1.9, 224: 2.2})
+
+
+def test_at_the_cost_of_time(run: Run, model_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No candidate takes longer than the paper's plan by the times; they stand in the plan file and the table."""
+    monkeypatch.setattr(command, "_layer_times", lambda *_: fake_times(1.5))
+    out = tmp_path / "plan.json"
+    words = [word for word in SMALL if word not in ("--reading", "3")]
+    result = run("calibrate", "--model", model_folder, "--out", str(out), *words, "--cost", "time", "--batch", "4")
+    assert result.code == 0, result.err
+    data = json.loads(out.read_text(encoding="utf-8"))
+    assert data["cost"] == "time" and data["batch"] == 4
+    times = LayerTimes.load(data["times"])
+    assert times == fake_times(1.5)
+
+    def milliseconds(method: Any, length: int) -> float:
+        plan = method.layer_plan(6)
+        return times.step(
+            *(len(plan.layers(role)) for role in (Role.FULL, Role.SELECT, Role.REUSE)), length, method.budget
+        )
+
+    for length in (236, 300):
+        most = times.step(2, 3, 1, length, 64)
+        tried = [parse(key.split()[0]) for key in data["tried"]]
+        within = [method for method in tried if method.layer_plan(6).reads_in_full >= 3]
+        assert within and all(milliseconds(method, length) <= most for method in within)
+    assert len({method.budget for method in within if method.layer_plan(6).reads_in_full == 4}) > 1, "F is not S"
+    full, theirs, paper, ours = (one["attention_ms"] for one in data["confirmed"])
+    assert full == 6 * 3.0 and ours <= theirs == paper == pytest.approx(times.step(2, 3, 1, 300, 64))
+    assert f"{paper:.2f} ms" in result.out
+
+
+def test_times_are_measured_once(run: Run, model_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock never says the same twice: a search that goes on keeps what it said first, and ends as it would have."""
+
+    def search(folder: str, select: float, stop_after: int | None = None) -> Any:
+        monkeypatch.setattr(command, "_layer_times", lambda *_: fake_times(select))
+        left = iter(range(stop_after)) if stop_after is not None else itertools.count()
+
+        def measure(*arguments: Any, **options: Any) -> Any:
+            if next(left, None) is None:
+                raise InputError("stopped here")
+            return measure_windows(*arguments, **options)
+
+        monkeypatch.setattr(calibration, "measure_windows", measure)
+        (tmp_path / folder).mkdir(exist_ok=True)
+        out = tmp_path / folder / "plan.json"
+        words = ("calibrate", "--model", model_folder, "--out", str(out), *SMALL[:4], *SMALL[6:], "--cost", "time")
+        result = run(*words)
+        assert result.code == (0 if stop_after is None else 2), result.err
+        return None if stop_after is not None else json.loads(out.read_text(encoding="utf-8"))
+
+    whole, other = search("whole", 1.2), search("other", 1.9)
+    assert search("cut", 1.2, 5) is None and search("cut", 1.9, 9) is None
+    cut = search("cut", 1.9)
+    assert whole["tried"].keys() != other["tried"].keys()
+    for same in ("plan", "method", "settings", "times", "confirmed", "tried"):
+        assert cut[same] == whole[same], same
+
+
+@pytest.mark.parametrize("reading", [(), ("--reading", "3")])
+def test_where_reading_less_saves_no_time(
+    run: Run, model_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reading: tuple[str, ...]
+) -> None:
+    flat = LayerTimes.of({236: 1.0, 300: 1.0}, {236: 1.0, 300: 1.0}, {32: 1.0, 224: 1.0})
+    monkeypatch.setattr(command, "_layer_times", lambda *_: flat)
+    words = ("--out", str(tmp_path / "plan.json"), *SMALL[:4], *SMALL[6:], *reading, "--cost", "time")
+    refused(run("calibrate", "--model", model_folder, *words), "reading less saves none", "--cost tokens")
+    assert not list(tmp_path.iterdir())
 
 
 def test_killed_ten_times_it_ends_as_if_it_never_was(model_folder: str, tmp_path: Path) -> None:

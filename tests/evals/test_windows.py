@@ -9,6 +9,7 @@ import torch
 
 import deltakv
 from deltakv.errors import InputError
+from deltakv.evals.picks import new_shares
 from deltakv.evals.windows import cut, interval, measure_windows, open_window
 
 SPARSE = deltakv.Delta(budget=64, recent=16, sinks=16, min_context=0, plan="FSRRSR")
@@ -46,7 +47,7 @@ def test_windows_are_measured_as_the_positions_of_compare_are(tiny_model: Any) -
     windows = [open_window(model, piece, 40, 16) for piece in pieces]
     full = measure_windows(model, deltakv.Full(), windows)
     assert full.differences.kl.shape == (80,) and full.differences.kl.max() < 1e-9 and full.differences.agree.all()
-    sparse = measure_windows(model, SPARSE, windows, recall=True)
+    sparse = measure_windows(model, SPARSE, windows, picks=True)
     assert torch.equal(measure_windows(model, SPARSE, windows).differences.kl, sparse.differences.kl)
     assert sparse.differences.kl.mean() > 1e-4 and sparse.attended < full.attended and 0 < sparse.recall < 1
     part = measure_windows(model, SPARSE, [window.first(10) for window in windows]).differences.kl
@@ -54,3 +55,34 @@ def test_windows_are_measured_as_the_positions_of_compare_are(tiny_model: Any) -
     logits = model(pieces[1][None, :-1], use_cache=False).logits[0, -40:].double().log_softmax(-1)
     want = -logits.gather(1, pieces[1][-40:, None])[:, 0]
     torch.testing.assert_close(full.differences.surprise[40:], want, atol=1e-5, rtol=0)
+
+
+def test_what_is_new_in_a_pick() -> None:
+    picks = [torch.tensor(pages) for pages in ([0, 1, 2, 3], [0, 1, 2, 4], [5, 6, 7, 8, 9], [5, 9])]
+    assert new_shares(picks).tolist() == [0.25, 1.0, 0.0]
+    assert new_shares(picks[:1]).shape == (0,)
+
+
+def test_new_pages_of_windows_are_those_of_decode_steps(tiny_model: Any) -> None:
+    """Against picks recorded while decoding the same tokens one by one: by layer, and never across two windows."""
+    model = tiny_model("llama").eval().requires_grad_(False)
+    pieces = torch.randint(3, 128, (2, 181), generator=torch.Generator().manual_seed(3))
+    windows = [open_window(model, piece, 24, 16) for piece in pieces]
+    assert not measure_windows(model, SPARSE, windows).new_pages
+    found = measure_windows(model, SPARSE, windows, picks=True).new_pages
+    new: dict[int, list[float]] = {}
+    for piece in pieces:
+        with deltakv.apply(model, SPARSE) as handle:
+            handle.stats.record_picks = True
+            cache = handle.new_cache()
+            model(piece[None, :-25], past_key_values=cache)
+            for token in piece[-25:-1]:
+                model(token.view(1, 1), past_key_values=cache)
+        last: dict[int, set[int]] = {}
+        for _, layer, pages, n_kept in handle.stats.picks:
+            now = set(pages[0, : n_kept[0]].tolist())
+            if layer in last:
+                new.setdefault(layer, []).append(len(now - last[layer]) / len(now))
+            last[layer] = now
+    assert list(found) == [1, 4] and all(found.values())
+    assert found == {layer: pytest.approx(sum(shares) / 46) for layer, shares in new.items()}

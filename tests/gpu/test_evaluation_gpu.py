@@ -34,7 +34,7 @@ def test_it_measures_what_a_cpu_does(tiny_model: Any, name: str) -> None:
     with torch.no_grad():
         for one in (model, copy.deepcopy(model).cuda()):
             window = open_window(one, piece, 80, method.page_size)
-            found.append(measure_windows(one, method, [window], recall=True))
+            found.append(measure_windows(one, method, [window], picks=True))
     cpu, gpu = found
     assert cpu.attended == pytest.approx(gpu.attended, rel=0.02)  # a tie may fall the other way
     assert (cpu.recall is None) == (gpu.recall is None)

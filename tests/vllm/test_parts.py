@@ -12,10 +12,11 @@ import torch
 from harness import ENVIRONMENT, SPARSE, Driver, EngineError, ask, prompt
 
 from deltakv.config import Delta
-from deltakv.errors import ConfigError
+from deltakv.errors import ConfigError, PlanError
 from deltakv.integrations.vllm.settings import Settings, settings_of
 from deltakv.integrations.vllm.versions import CHECKED_ON_GPU, advice, is_checked
-from deltakv.methods import SoftmaxStats, selector
+from deltakv.methods import SoftmaxStats, from_plan, selector
+from deltakv.plans import plan_files
 
 
 @pytest.mark.parametrize("version", ["0.26.0", "0.26.1", "0.27.1", "0.27.1+cpu", "0.27.2.dev3", "0.32.0"])
@@ -46,6 +47,14 @@ def test_settings() -> None:
     assert settings_of({"deltakv": asked}) == Settings(Delta(budget=512, plan="FSRR"), "local")
     with pytest.raises(ConfigError, match="multiple"):
         settings_of({"deltakv": {"budget": 100}})
+
+
+def test_a_plan_that_was_measured_for_the_served_model() -> None:
+    asked = {"deltakv": {"plan": "measured"}}
+    for kind, path in plan_files().items():
+        assert settings_of(asked, lambda kind=kind: kind) == Settings(from_plan(path))
+    with pytest.raises(PlanError, match="no plan was measured for this kind of model"):
+        settings_of(asked, lambda: "llama, num_hidden_layers=1")
 
 
 def test_the_entry_point_is_there_and_may_be_called_again() -> None:

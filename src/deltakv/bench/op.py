@@ -60,9 +60,7 @@ def measure_ops(shape: Shape, method: Delta, runs: int, warmup: int) -> list[OpE
     FlashInfer's attention, and vLLM's FlashAttention 3 on a Hopper, where they are installed."""
     size, device = method.page_size, shape.device
     width = -(-shape.context // size)
-    layers = max(2, -(-_ROUND_BYTES[device.type] // shape.kv_bytes(shape.context)))
-    layers = min(layers, 8)
-    pools = [_pool(shape, width, size) for _ in range(layers)]
+    pools = make_pools(shape, size)
     scale = shape.head_dim**-0.5
     q = torch.randn(shape.batch, shape.n_heads, shape.head_dim, dtype=shape.dtype, device=device)
     table = torch.arange(shape.batch * width, dtype=torch.int32, device=device).view(shape.batch, 1, width)
@@ -93,7 +91,15 @@ def measure_ops(shape: Shape, method: Delta, runs: int, warmup: int) -> list[OpE
     flash3 = _flash_attention_3(shape, q, table, lens)
     if flash3 is not None:
         runs_of.append(("attention, FlashAttention 3", flash3, full + small))
-    return [OpEntry(name, _round(run, pools, device, runs, warmup), count) for name, run, count in runs_of]
+    return [OpEntry(name, time_round(run, pools, device, runs, warmup), count) for name, run, count in runs_of]
+
+
+def make_pools(shape: Shape, page_size: int) -> list[tuple[Tensor, Tensor]]:
+    """K and V of a few layers, random, for runs that go round in them. Each [pages, page_size, n_kv_heads, head_dim],
+    pages enough for each row of `shape`."""
+    width = -(-shape.context // page_size)
+    layers = max(2, -(-_ROUND_BYTES[shape.device.type] // shape.kv_bytes(shape.context)))
+    return [_pool(shape, width, page_size) for _ in range(min(layers, 8))]
 
 
 def _pool(shape: Shape, width: int, size: int) -> tuple[Tensor, Tensor]:
@@ -104,23 +110,30 @@ def _pool(shape: Shape, width: int, size: int) -> tuple[Tensor, Tensor]:
     return k, v
 
 
-def _round(run: Callable[[Any], Any], pools: list[Any], device: torch.device, runs: int, warmup: int) -> Times:
-    """Milliseconds of one call. A timed run goes once round the pools; on a GPU as one graph, or the host would be
-    timed."""
+def time_round(
+    run: Callable[[Any], Any],
+    pools: list[Any],
+    device: torch.device,
+    runs: int,
+    warmup: int,
+    before: Callable[[], Any] = lambda: None,
+) -> Times:
+    """Milliseconds of one call. A timed run goes once round the pools, after `before`, which is not timed; on a GPU as
+    one graph, or the host would be timed."""
 
     def once_round() -> None:
         for pool in pools:
             run(pool)
 
     if device.type != "cuda":
-        times = timed(once_round, device, runs, warmup)
+        times = timed(once_round, device, runs, warmup, before)
     else:
         once_round()  # compiles
         torch.cuda.synchronize(device)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             once_round()
-        times = timed(graph.replay, device, runs, warmup)
+        times = timed(graph.replay, device, runs, warmup, before)
     return Times([each / len(pools) for each in times.each])
 
 

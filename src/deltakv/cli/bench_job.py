@@ -33,7 +33,7 @@ class Job:
     ) -> None:
         self.left_out: list[str] = []
         names = list(dict.fromkeys(methods))
-        parsed = [name if name == STATIC else options.parse_method(name, [STATIC]) for name in names]
+        parsed = [name if name == STATIC else options.parse_method(name, model, [STATIC]) for name in names]
         self.methods = list(zip(names, parsed, strict=True))
         self._json, self._plot = output_json, plot
         if plot is None and output_json is not None:

@@ -5,13 +5,19 @@ from __future__ import annotations
 import hashlib
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from deltakv.cli import options
 from deltakv.cli.prompts import read_text
 from deltakv.errors import InputError
+
+if TYPE_CHECKING:
+    from deltakv.bench.layer_times import LayerTimes
+    from deltakv.config import Delta
+
+COSTS = ("tokens", "time")
 
 
 def calibrate(
@@ -30,6 +36,11 @@ def calibrate(
             min=1, help="Layers that read everything (default: as many as the paper's plan has, two more or fewer)."
         ),
     ] = None,
+    cost: Annotated[
+        str,
+        typer.Option(help="What a step may not cost more of: tokens that it attends to, or time, measured here."),
+    ] = "tokens",
+    batch: Annotated[int | None, typer.Option(min=1, help="With --cost time: rows that decode together (1).")] = None,
     windows: Annotated[int, typer.Option(min=1, help="Pieces of text to calibrate on, and as many to confirm on.")] = 2,
     positions: Annotated[int, typer.Option(min=16, help="Positions of each piece.")] = 128,
     quick: Annotated[int, typer.Option(min=1, help="Positions of each piece for a first look.")] = 24,
@@ -44,9 +55,10 @@ def calibrate(
 ) -> None:
     """Finds the layers that should read everything on your model and text, by KL to full attention.
 
-    The cost stays what it is: a step attends to no more tokens than under the paper's plan and --budget. Fewer layers
-    that read everything leave more to the others, so the budget is found, too. What is found is confirmed on text that
-    the search has not seen. Stopped, it goes on where it was when it is started again.
+    The cost stays what it is: a step attends to no more tokens than under the paper's plan and --budget, or takes its
+    attention no more time. Fewer layers that read everything leave more to the others, so the budget is found, too.
+    What is found is confirmed on text that the search has not seen. Stopped, it goes on where it was when it is started
+    again.
 
     [bold]Example:[/bold] deltakv calibrate --model smollm2 --context 4000 --out smollm2.json
     """
@@ -55,6 +67,10 @@ def calibrate(
     base = Delta(budget=budget, sinks=sinks, recent=min(128, (budget - sinks) // 32 * 16), min_context=0)
     state = state if state is not None else out.with_name(out.name + ".state")
     options.check_output(out, state)
+    if cost not in COSTS:
+        raise InputError(f"--cost {cost!r} is not one of {', '.join(COSTS)}")
+    if batch is not None and cost != "time":
+        raise InputError(f"--batch {batch} belongs to --cost time; attended tokens are a row's own")
     longest = max(positions, confirm_positions)
     if longest >= context:
         raise InputError(f"--context {context} must be more than the {longest} positions that are evaluated in it")
@@ -66,23 +82,21 @@ def calibrate(
     told = [(str(path), read_text(path)) for path in text or []]
 
     from deltakv.cli.checks import check_methods
-    from deltakv.evals.calibration import Paid
     from deltakv.integrations.hf.support import model_shape
     from deltakv.loading.model import check_length
-    from deltakv.plan import model_fingerprint, paper
+    from deltakv.plan import LayerPlan, model_fingerprint, paper
 
     config = check_methods(model, [], lambda config: check_length(context + 1, config, f"--context {context}"))
     depth = len(model_shape(config).planned_layers)
     if reading is not None and not 1 <= reading < depth:
         raise InputError(f"--reading {reading} of {depth} layers leaves none to be sparse; give at most {depth - 1}")
-    known = paper(depth).reads_in_full if reading is None else reading
-    paid = Paid(depth, known, budget, (context - longest, context))
-    near = range(max(1, known - 2), min(depth, known + 3)) if reading is None else [reading]
-    readings = [count for count in near if paid.fitted(base, count) is not None]
+    known = paper(depth) if reading is None else LayerPlan.from_layers(depth, select=range(reading))
 
+    from deltakv.bench.layer_times import LayerTimes
     from deltakv.bench.provenance import provenance
     from deltakv.evals import texts
     from deltakv.evals.calibration import Calibration, Tried, confirm, settings, share, written
+    from deltakv.evals.paid import AttendedTokens, Paid
     from deltakv.evals.windows import cut, open_window
 
     told = told or [(texts.BUILTIN_NAME, texts.builtin_text())]
@@ -90,14 +104,28 @@ def calibrate(
         "model": model_fingerprint(config),
         "path": model,
         "texts": {name: hashlib.sha256(content.encode()).hexdigest() for name, content in told},
-        "options": [context, budget, sinks, readings, longest, windows, positions, quick, dtype],
+        "options": [context, budget, sinks, reading, longest, windows, positions, quick, dtype],
+        "cost": cost if cost == "tokens" else [cost, batch or 1, device, threads],
     }
     tried = Tried(state, depends_on)  # refuses before the model is loaded
     loaded = options.load(model, dtype, device, threads)
     ids = [texts.all_tokens(loaded.tokenizer, content) for _, content in told]
     pieces, unseen = cut(ids, [name for name, _ in told], context, windows)
-    page_size = base.page_size
+    page_size, lengths = base.page_size, (context - longest, context)
     with options.progress() as bars:
+        times = None
+        if cost == "time":
+            advance = _on(bars, bars.add_task("timing attention", total=None))
+            said = tried.timed(lambda: _layer_times(loaded.model, base, lengths, batch or 1, advance).numbers())
+            times = LayerTimes.load(said)
+        paid = Paid(times or AttendedTokens(), known, budget, lengths)
+        readings = paid.readings(base, reach=2 if reading is None else 0)
+        if not readings:
+            tried.forget()
+            raise InputError(
+                f"with --budget {budget} nothing would be left out, or nothing be left to read, in the time of {known}: "
+                "at this size reading less saves none; give a longer --context, a larger --batch, or --cost tokens"
+            )
         task = bars.add_task("reading", total=len(pieces) * context)
         places = [open_window(loaded.model, piece, positions, page_size, _on(bars, task)) for piece in pieces]
         task = bars.add_task("search", total=None)
@@ -115,6 +143,9 @@ def calibrate(
         }
         found = [confirm(loaded.model, name, method, places, _on(bars, task)) for name, method in compared.items()]
     results = [one.numbers for one in found]
+    if times is not None:
+        for result, method in zip(results, compared.values(), strict=True):
+            result["attention_ms"] = paid.of(method.layer_plan(depth), context, getattr(method, "budget", context))
     gains = {one.name: share(found[-1].kl, one.kl) for one in found[1:-1]}
     plan = best.layer_plan(depth)
     facts: dict[str, Any] = {
@@ -125,7 +156,10 @@ def calibrate(
         "model": loaded.name,
         "texts": depends_on["texts"],
         "context": context,
+        "cost": cost,
+        **({} if times is None else {"batch": batch or 1, "times": times.numbers()}),
         "pieces": len(pieces),
+        "new_pages": results[-1]["new_pages"],
         "confirmed": results,
         "against_the_paper_s_plan": gains["the paper's plan"],
         "against_the_paper_s_settings": gains["the paper's settings"],
@@ -133,16 +167,31 @@ def calibrate(
     }
     plan.save(out, **facts)
     tried.forget()
-    from deltakv.report.tables import calibration_table, print_table
+    from deltakv.report.tables import calibration_table, new_pages_line, print_table
 
     print_table(
         calibration_table(results), f"{loaded.name} after {context:,} tokens, on text that was not calibrated on"
     )
+    print("pages of a pick that its layer's last pick, one token before, did not have:")
+    for result in results[1:]:
+        print(f"  {result['method']}: {new_pages_line(result['new_pages'])}")
     print(f"plan: {plan}, budget {best.budget}, recent {best.recent}, sinks {best.sinks}")
     for name, gain in gains.items():
         low, high = gain["interval"]
         print(f"its KL is {gain['kl_share']:.0%} of that of {name} (with 95%: {low:.0%} to {high:.0%})")
     print(f"use it: --method delta:plan={out}")
+
+
+def _layer_times(model: Any, base: Delta, lengths: tuple[int, ...], batch: int, advance: Any) -> LayerTimes:
+    """Those of a model on its device."""
+    from deltakv.bench.layer_times import measure_layer_times
+    from deltakv.bench.op import Shape
+    from deltakv.bench.random_model import kv_shape
+
+    config = model.config.get_text_config()
+    kv_heads, head_dim = kv_shape(config)
+    shape = Shape(batch, max(lengths), config.num_attention_heads, kv_heads, head_dim, model.dtype, model.device)
+    return measure_layer_times(shape, base, lengths, advance=advance)
 
 
 def _on(bars: Any, task: Any) -> Any:

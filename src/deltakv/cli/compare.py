@@ -42,7 +42,7 @@ def compare(
     names = list(dict.fromkeys(method or DEFAULT_METHODS))
     from deltakv.bench.runners import BASELINES
 
-    parsed = [name if name in BASELINES else options.parse_method(name, BASELINES) for name in names]
+    parsed = [name if name in BASELINES else options.parse_method(name, model, BASELINES) for name in names]
     if plot is None and json_file is not None:
         plot = json_file.with_suffix(".png")
     options.check_picture(plot, (".png", ".svg", ".pdf"))

@@ -103,7 +103,7 @@ def _run(
     from deltakv.cli.checks import check_methods
     from deltakv.evals import evaluation
 
-    methods = [(name, options.parse_method(name)) for name in names]
+    methods = [(name, options.parse_method(name, model)) for name in names]
     config = check_methods(model, [chosen for _, chosen in methods])
     model_id = evaluation.fingerprint(config)
     loading.find_device(how[1])

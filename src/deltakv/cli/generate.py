@@ -43,7 +43,7 @@ def generate(
 
     With --jsonl, one JSON object a prompt goes to stdout.
     """
-    chosen = options.parse_method(method)
+    chosen = options.parse_method(method, model)
     options.check_output(json_file)
     if jsonl is not None and (prompt is not None or file is not None):
         raise InputError("--jsonl brings its own prompts; leave the argument and --file out")

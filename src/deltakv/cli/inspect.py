@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -11,6 +12,8 @@ from deltakv.cli import options
 from deltakv.cli.checks import check_methods
 from deltakv.cli.prompts import read_text
 from deltakv.errors import InputError
+from deltakv.plan import model_fingerprint
+from deltakv.plans import MEASURED, plan_files
 
 
 def inspect(
@@ -31,7 +34,7 @@ def inspect(
 
     [bold]Example:[/bold] deltakv inspect --method delta:budget=512 --context 4000 --out picks.png
     """
-    chosen = options.parse_method(method)
+    chosen = options.parse_method(method, model)
     if out.suffix != ".png":
         raise InputError(f"--out {out} must end in .png")
     page = out.with_suffix(".html")
@@ -49,7 +52,7 @@ def inspect(
     from deltakv.report.page import picks_page
     from deltakv.report.picks import picks_plot
 
-    check_methods(model, [chosen], lambda config: check_length(context, config, f"--context {context}"))
+    config = check_methods(model, [chosen], lambda config: check_length(context, config, f"--context {context}"))
     loaded = options.load(model, dtype, device, threads)
     text_name = str(text) if text is not None else texts.BUILTIN_NAME
     ids = texts.first_tokens(loaded.tokenizer, told if told is not None else texts.builtin_text(), context, text_name)
@@ -67,4 +70,17 @@ def inspect(
     print("attention mass inside the pick, by REUSE layer (1 is all of it):")
     for layer, share in record.recall.items():
         print(f"layer {layer:3}  recall {share:.3f}  {'#' * round(share * 40)}")
-    print(f"picture: {out}\npage: {page}")
+    print(f"picture: {out}\npage: {page}\n{_measured(config, model)}")
+
+
+def _measured(config: Any, model: str) -> str:
+    """Whether the package has a plan for that kind of model, and where to get one."""
+    path = plan_files().get(model_fingerprint(config))
+    if path is None:
+        return f"no plan was measured for this kind of model: deltakv calibrate --model {model} finds one"
+    told = json.loads(path.read_text(encoding="utf-8"))
+    paper, ours = (one["kl_mean"] for one in told["confirmed"][-2:])
+    return (
+        f"a plan was measured for this kind of model: --method delta:plan={MEASURED} (KL {ours:.4f} against "
+        f"{paper:.4f} of the paper's plan, after {told['context']:,} tokens)"
+    )

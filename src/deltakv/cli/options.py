@@ -51,8 +51,9 @@ class Loaded:
     tokenizer: Any
 
 
-def parse_method(text: str, baselines: Sequence[str] = ()) -> Method:
-    """The method of `--method`. Raises `ConfigError` that names the allowed ones, `baselines` too."""
+def parse_method(text: str, model: str, baselines: Sequence[str] = ()) -> Method:
+    """The method of `--method` for `--model`, whose config is read if the plan is "measured". Raises `ConfigError` that
+    names the allowed ones, `baselines` too."""
     from deltakv.methods import REGISTRY, parse
 
     name = text.partition(":")[0].strip()
@@ -60,7 +61,14 @@ def parse_method(text: str, baselines: Sequence[str] = ()) -> Method:
         raise ConfigError(f"the baseline {name!r} takes no options; write --method {name}")
     if name not in REGISTRY:
         raise ConfigError(f"unknown method {name!r}; allowed are {', '.join([*sorted(REGISTRY), *baselines])}")
-    return parse(text)
+    return parse(text, lambda: _kind_of(model))
+
+
+def _kind_of(model: str) -> str:
+    from deltakv.bench.dims import find_config
+    from deltakv.plan import model_fingerprint
+
+    return model_fingerprint(find_config(model))
 
 
 def numbers(option: str, text: str) -> list[int]:

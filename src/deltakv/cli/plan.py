@@ -53,7 +53,7 @@ def plan(
         return
     if plot is not None or profile is not None:
         raise InputError("--plot and --profile belong to --offload; add it, or leave them out")
-    chosen = options.parse_method(method)
+    chosen = options.parse_method(method, model)
     lengths = options.numbers("--context", context)
 
     from deltakv.bench.floors import step_cost

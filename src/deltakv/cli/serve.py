@@ -32,7 +32,7 @@ def serve(
         raise InputError(f"the model comes first: deltakv serve MODEL {model} ...")
     if budget is not None:
         method += f"{',' if ':' in method else ':'}budget={budget}"
-    chosen = options.parse_method(method)
+    chosen = options.parse_method(method, model)
     from deltakv import loading
     from deltakv.integrations.vllm.settings import Settings
 

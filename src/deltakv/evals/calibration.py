@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,9 +15,10 @@ from torch import Tensor
 from deltakv.config import Delta
 from deltakv.errors import ConfigError, InputError
 from deltakv.evals.journal import remove_whole, write_whole
+from deltakv.evals.paid import Paid
 from deltakv.evals.plan_search import search_plan
 from deltakv.evals.windows import Window, interval, measure_windows
-from deltakv.plan import LayerPlan, paper
+from deltakv.plan import LayerPlan, Role, paper
 
 Advance = Callable[[int], None]
 
@@ -28,17 +30,19 @@ class Tried:
     """Losses that were measured, by what they are of, kept in a file: a search that is started again finds them there.
 
     header: what they depend on; a file of another run is refused. The file is written anew, whole, after each one.
+    times: what a clock said, if it was asked.
     """
 
     def __init__(self, path: Path, header: dict[str, Any]) -> None:
         self._path = path
         self.losses: dict[str, float] = {}
+        self.times: dict[str, Any] | None = None
         self._header = json.loads(json.dumps(header))
         if path.exists():
             try:
                 kept = json.loads(path.read_text(encoding="utf-8"))
                 same = kept["header"] == self._header
-                self.losses = dict(kept["losses"])
+                self.losses, self.times = dict(kept["losses"]), kept["times"]
             except (OSError, ValueError, KeyError, TypeError):
                 raise InputError(
                     f"{path} is not the state of a calibration; delete it, or name another --state"
@@ -53,34 +57,23 @@ class Tried:
         """The loss of `key`, measured now if it never was."""
         if key not in self.losses:
             self.losses[key] = measure()
-            write_whole(self._path, json.dumps({"header": self._header, "losses": self.losses}))
+            self._write()
         return self.losses[key]
+
+    def timed(self, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Times as JSON has them, measured now if they never were: what fits the cost follows from them, and a clock
+        never says the same twice."""
+        if self.times is None:
+            self.times = json.loads(json.dumps(measure()))
+            self._write()
+        return self.times
+
+    def _write(self) -> None:
+        write_whole(self._path, json.dumps({"header": self._header, "times": self.times, "losses": self.losses}))
 
     def forget(self) -> None:
         """The calibration is done and stands elsewhere."""
         remove_whole(self._path)
-
-
-@dataclass(frozen=True)
-class Paid:
-    """What a step may cost: no more attended tokens, summed over layers, than if `reading` of `depth` layers read all
-    and the others `budget` tokens. lengths: of a row, the shortest and the longest; it holds at each, and between."""
-
-    depth: int
-    reading: int
-    budget: int
-    lengths: tuple[int, ...]
-
-    def fitted(self, base: Delta, reading: int) -> Delta | None:
-        """`base` with the budget that this leaves if `reading` layers read all, fewer than there are; None if that is
-        less than sinks and two pages, or nothing less than all."""
-        paid = [self.reading * length + (self.depth - self.reading) * self.budget for length in self.lengths]
-        left = min(cost - reading * length for cost, length in zip(paid, self.lengths, strict=True))
-        pages = left // (self.depth - reading) // base.page_size
-        if pages < base.sink_pages + 2 or pages * base.page_size >= min(self.lengths):
-            return None
-        recent = min(base.recent_pages, max(1, (pages - base.sink_pages) // 2))
-        return replace(base, budget=pages * base.page_size, recent=recent * base.page_size)
 
 
 @dataclass
@@ -104,18 +97,18 @@ class Calibration:
         """The best setting found."""
         plan = search_plan(self.paid.depth, self.readings, self._loss_of_plan, self._begin())
         best = self._with(plan)
+        assert best is not None, "readings that leave no budget are not searched"
         for name, values in KNOBS.items():
             others = [self._changed(best, name, value) for value in values]
             best = min([best, *filter(None, others)], key=lambda method: self._loss(method, True))
         return best
 
-    def _with(self, plan: LayerPlan) -> Delta:
-        """A plan at the budget that it leaves. On the way to one that costs enough: at that one's, for with all that
-        few reading layers leave, nothing would be missing."""
-        reading = max(plan.reads_in_full, min(self.readings))
-        method = self.paid.fitted(self.base, reading)
-        assert method is not None, "readings that leave no budget are not searched"
-        return replace(method, plan=str(plan))
+    def _with(self, plan: LayerPlan) -> Delta | None:
+        """A plan at the budget that it leaves, or None. On the way to one that costs enough: at that one's, for with
+        all that few reading layers leave, nothing would be missing."""
+        select = len(plan.layers(Role.SELECT)) + max(0, min(self.readings) - plan.reads_in_full)
+        method = self.paid.fitted(self.base, select, len(plan.layers(Role.FULL)))
+        return None if method is None else replace(method, plan=str(plan))
 
     def _changed(self, method: Delta, name: str, value: int) -> Delta | None:
         """None for what is no change, or does not fit."""
@@ -130,7 +123,8 @@ class Calibration:
         return [known] if known.reads_in_full in self.readings else []
 
     def _loss_of_plan(self, plan: LayerPlan, thorough: bool) -> float:
-        return self._loss(self._with(plan), thorough)
+        method = self._with(plan)
+        return math.inf if method is None else self._loss(method, thorough)
 
     def _loss(self, method: Delta, thorough: bool) -> float:
         windows = self.windows if thorough else [window.first(self.quick) for window in self.windows]
@@ -166,9 +160,10 @@ class Confirmed:
 
 
 def confirm(model: Any, name: str, method: Any, windows: Sequence[Window], advance: Advance) -> Confirmed:
-    """A method on windows, with how sure its numbers are."""
-    found = measure_windows(model, method, windows, advance, recall=True)
-    numbers = {"method": name, **found.numbers(), "recall": found.recall}
+    """A method on windows, with how sure its numbers are, and how much its picks change from position to position."""
+    found = measure_windows(model, method, windows, advance, picks=True)
+    new_pages = {str(layer): share for layer, share in found.new_pages.items()}
+    numbers = {"method": name, **found.numbers(), "recall": found.recall, "new_pages": new_pages}
     return Confirmed(name, found.attended, found.differences.kl, numbers)
 
 

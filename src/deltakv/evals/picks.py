@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import Tensor
 
 import deltakv
@@ -64,6 +66,16 @@ class PickRecord:
         data["picks"] = {str(layer): pages for layer, pages in self.picks.items()}
         data["recall_by_layer"] = {str(layer): share for layer, share in data.pop("recall").items()}
         return data
+
+
+def new_shares(picks: Sequence[Tensor]) -> Tensor:
+    """How much of a pick the step before did not have, fp64 [steps - 1]: what a tier that holds the last pick alone has
+    to bring. A page that has begun since counts as new, too.
+
+    picks: int [pages kept], one at each of neighbouring steps of a row, none of them empty.
+    """
+    shares = [1 - torch.isin(now, last).double().mean().item() for last, now in pairwise(picks)]
+    return torch.tensor(shares, dtype=torch.double)
 
 
 def record_picks(

@@ -14,6 +14,7 @@ from deltakv.bench.runners import prefill
 from deltakv.config import Full, Method
 from deltakv.errors import InputError
 from deltakv.evals.fidelity import Differences, Reference, differences, reference
+from deltakv.evals.picks import new_shares
 
 Advance = Callable[[int], None]
 
@@ -73,11 +74,13 @@ def open_window(
 @dataclass(frozen=True)
 class Found:
     """What a method makes of some windows. attended: tokens a position, summed over layers; recall: full attention's
-    mass inside the pick, mean over layers that reuse, None if none does."""
+    mass inside the pick, mean over layers that reuse, None if none does; new_pages: by layer that picks, the share of
+    its pick that its pick one position before did not have, mean over positions."""
 
     differences: Differences
     attended: float
     recall: float | None
+    new_pages: dict[int, float]
 
     def numbers(self) -> dict[str, Any]:
         """For JSON, with how sure the mean of KL is."""
@@ -99,21 +102,25 @@ def measure_windows(
     windows: Sequence[Window],
     advance: Advance = lambda tokens: None,
     *,
-    recall: bool = False,
+    picks: bool = False,
 ) -> Found:
-    """A method at all positions of the windows, one window behind the other."""
+    """A method at all positions of the windows, one window behind the other. picks: find recall and new pages, too."""
     parts: list[Differences] = []
     shares: list[float] = []
+    new: dict[int, list[Tensor]] = {}
     with deltakv.apply(model, method) as handle:
         for window in windows:
-            with handle.positions(recall=recall) as trace:
+            with handle.positions(picks=picks, recall=picks) as trace:
                 parts.append(differences(model, window.cache, window.ids, window.targets, window.full, advance))
             shares += trace.recall.values()
+            for layer, rows in trace.picks.items():
+                new.setdefault(layer, []).append(new_shares(rows))
         attended = handle.stats.attended_per_row_step
     together = Differences(
         *(torch.cat([getattr(part, name) for part in parts]) for name in ("kl", "agree", "surprise"))
     )
-    return Found(together, attended, sum(shares) / len(shares) if shares else None)
+    new_pages = {layer: torch.cat(new[layer]).mean().item() for layer in sorted(new)}
+    return Found(together, attended, sum(shares) / len(shares) if shares else None, new_pages)
 
 
 def interval(

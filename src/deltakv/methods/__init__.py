@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from deltakv.config import Delta, Full, Method
-from deltakv.errors import ConfigError
+from deltakv.errors import ConfigError, PlanError
 from deltakv.field import (
     A2SF,
     H2O,
@@ -37,7 +38,8 @@ from deltakv.methods.streaming import StreamingSelector
 from deltakv.methods.tactic import TacticSelector
 from deltakv.methods.tidal import TidalSelector
 from deltakv.methods.tokenselect import TokenSelectSelector
-from deltakv.plan import LayerPlan, load_settings
+from deltakv.plan import LayerPlan, load_settings, model_fingerprint
+from deltakv.plans import MEASURED, measured_plan
 
 #: Config classes by the name that a command line or a server's config gives them.
 REGISTRY: dict[str, type[Method]] = {}
@@ -78,12 +80,21 @@ def selector(config: Method) -> Any:
     return _SELECTORS[type(config)](config)
 
 
-def from_options(algorithm: str, options: dict[str, Any]) -> Method:
+#: Gives the `model_fingerprint` of the model that a method is for: asked only for the plan "measured".
+MadeFor = Callable[[], str | None]
+
+
+def from_options(algorithm: str, options: dict[str, Any], made_for: MadeFor = lambda: None) -> Method:
     """The config of that name with these options; what they leave open, a plan file of that method says, if there is
-    one. Raises `ConfigError` that lists what is allowed."""
+    one.
+
+    Raises `ConfigError` that lists what is allowed, or `PlanError` where no plan was measured.
+    """
     if algorithm not in REGISTRY:
         raise ConfigError(f"unknown method {algorithm!r}; allowed are {', '.join(sorted(REGISTRY))}")
     config = REGISTRY[algorithm]
+    if options.get("plan") == MEASURED:
+        options = {**options, "plan": str(_measured(made_for))}
     settings = load_settings(options.get("plan"))
     if settings.pop("algorithm", algorithm) == algorithm:
         options = {**settings, **options}
@@ -93,13 +104,26 @@ def from_options(algorithm: str, options: dict[str, Any]) -> Method:
     return config(**options)
 
 
-def from_plan(path: str | os.PathLike[str]) -> Method:
-    """The method that a plan file was calibrated with, its budget and all. Raises `PlanError` or `ConfigError`."""
+def from_plan(path: str | os.PathLike[str], model: Any = None) -> Method:
+    """The method that a plan file was calibrated with, its budget and all; "measured" for the one that the package has
+    for the kind of this transformers model. Raises `PlanError` or `ConfigError`."""
+    if path == MEASURED:
+        path = _measured(lambda: None if model is None else model_fingerprint(model.config.get_text_config()))
     LayerPlan.load(path)
     return from_options(load_settings(path).get("algorithm", "delta"), {"plan": os.fspath(path)})
 
 
-def parse(text: str) -> Method:
+def _measured(made_for: MadeFor) -> Path:
+    kind = made_for()
+    if kind is None:
+        raise PlanError(
+            f"the plan {MEASURED!r} is for a kind of model, and no model is at hand; "
+            f"give deltakv.from_plan({MEASURED!r}, model), or a plan file"
+        )
+    return measured_plan(kind)
+
+
+def parse(text: str, made_for: MadeFor = lambda: None) -> Method:
     """A method as a command line writes it: `full`, or `delta:budget=512,sinks=0,plan=FFSRRR`.
 
     Options are the fields of the config: `plan`, and numbers, whole ones unless the field says float. Raises
@@ -115,7 +139,7 @@ def parse(text: str) -> Method:
         if name in options:
             raise ConfigError(f"method {text!r} gives the option {name!r} twice")
         options[name] = value if name == "plan" else _number(name, value, types.get(name), text)
-    return from_options(algorithm, options)
+    return from_options(algorithm, options, made_for)
 
 
 def option_types(config: type[Method]) -> dict[str, Any]:
@@ -135,6 +159,7 @@ __all__ = [
     "REGISTRY",
     "Evictor",
     "Lengths",
+    "MadeFor",
     "Memory",
     "PageBounds",
     "Picks",

@@ -13,13 +13,16 @@ BASELINE_ORDER = ("full", "stock-static", "stock")
 
 
 def calibration_table(results: Sequence[dict[str, Any]]) -> Table:
-    """Plans as rows. results: as `confirmed` in a plan file."""
+    """Plans as rows. results: as `confirmed` in a plan file; attention of a step where its time was the cost."""
     from rich.table import Table
 
     table = Table(header_style="bold")
     table.add_column("method", overflow="fold", min_width=12)
+    timed = "attention_ms" in results[0]
     for heading in ("attended", "KL mean", "with 95%", "KL p99", "top-1", "perplexity", "recall"):
         table.add_column(heading, justify="right")
+    if timed:
+        table.add_column("attention", justify="right")
     for result in results:
         table.add_row(
             result["method"],
@@ -30,8 +33,14 @@ def calibration_table(results: Sequence[dict[str, Any]]) -> Table:
             f"{result['top1']:.1%}",
             f"{result['perplexity']:.2f}",
             _number(result["recall"], "{:.3f}"),
+            *([f"{result['attention_ms']:.2f} ms"] if timed else []),
         )
     return table
+
+
+def new_pages_line(shares: dict[str, float]) -> str:
+    """By layer that picks, the share of a pick that is new at each step. shares: as `new_pages` in a plan file."""
+    return ", ".join(f"layer {layer} {share:.1%}" for layer, share in shares.items()) or "no layer picks"
 
 
 def baseline(results: Sequence[dict[str, Any]]) -> dict[str, Any]:

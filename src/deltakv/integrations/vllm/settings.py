@@ -7,7 +7,7 @@ from typing import Any
 
 from deltakv.config import Method, Sees
 from deltakv.errors import ConfigError
-from deltakv.methods import REGISTRY, from_options
+from deltakv.methods import REGISTRY, MadeFor, from_options
 
 #: The name under which `additional_config` holds it.
 KEY = "deltakv"
@@ -43,7 +43,7 @@ def served(config: type[Method]) -> bool:
     return config.sees is Sees.SOFTMAX and not config.remembers and not config.by_head
 
 
-def settings_of(additional_config: Any) -> Settings | None:
+def settings_of(additional_config: Any, made_for: MadeFor = lambda: None) -> Settings | None:
     """The settings in vLLM's `additional_config`, or None if deltakv is not asked for.
 
     Raises `ConfigError` that says what is allowed.
@@ -58,4 +58,4 @@ def settings_of(additional_config: Any) -> Settings | None:
         )
     options = dict(asked)
     algorithm, tp_selection = options.pop("algorithm", "delta"), options.pop("tp_selection", "global")
-    return Settings(from_options(str(algorithm), options), tp_selection)
+    return Settings(from_options(str(algorithm), options, made_for), tp_selection)

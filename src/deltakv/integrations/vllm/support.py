@@ -27,7 +27,7 @@ def check(config: VllmConfig, backend: type[AttentionBackend]) -> Layout | None:
 
     backend: the class that serves CUSTOM on this platform. Raises `DeltaKVError` subclasses.
     """
-    settings = settings_of(config.additional_config)
+    settings = settings_of(config.additional_config, lambda: model_fingerprint(config.model_config.hf_text_config))
     custom = config.attention_config.backend is AttentionBackendEnum.CUSTOM
     if settings is None:
         if custom:

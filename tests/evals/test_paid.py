@@ -1,0 +1,70 @@
+"""The budget that a cost leaves to a plan."""
+
+from __future__ import annotations
+
+import pytest
+
+from deltakv.bench.layer_times import LayerTimes
+from deltakv.config import Delta
+from deltakv.evals.paid import AttendedTokens, Cost, Paid
+from deltakv.plan import LayerPlan, paper
+
+THREE_OF_EIGHT = LayerPlan.from_string("FFSRRRRR")
+
+#: Up to 128 tokens a pick costs the same, as on a device that does not fill up; a Δ-layer costs half as much again.
+TIMES = LayerTimes.of({400: 4.0, 500: 5.0}, {400: 6.0, 500: 7.5}, {32: 0.5, 64: 0.5, 128: 0.5, 256: 1.5, 400: 3.9})
+
+
+def test_fewer_layers_that_read_everything_leave_more_to_the_others() -> None:
+    base = Delta(budget=64, recent=16, sinks=16)
+    paid = Paid(AttendedTokens(), THREE_OF_EIGHT, 64, (200, 300))
+    budgets = {reading: method.budget for reading in range(1, 8) if (method := paid.fitted(base, reading))}
+    assert budgets == {1: 96, 2: 80, 3: 64}  # four would cost 1,200 of 1,220, and leave four tokens a layer
+
+    def cost(reading: int, budget: int, length: int) -> int:
+        return reading * length + (8 - reading) * budget
+
+    for reading, budget in budgets.items():
+        within = [cost(reading, budget, length) <= cost(3, 64, length) for length in (200, 250, 300)]
+        one_more = [cost(reading, budget + 16, length) <= cost(3, 64, length) for length in (200, 300)]
+        assert all(within) and not all(one_more)
+    assert (
+        Paid(AttendedTokens(), THREE_OF_EIGHT, 64, (64, 300)).fitted(base, 3) is None
+    )  # nothing would be left out at 64 tokens
+
+
+@pytest.mark.parametrize("cost", [AttendedTokens(), TIMES], ids=["tokens", "time"])
+def test_the_budget_is_the_largest_that_costs_no_more(cost: Cost) -> None:
+    """Against all budgets, for all numbers of layers; the plan that is paid for gets its own budget, or one as dear."""
+    base = Delta(budget=64, recent=16, sinks=16)
+    paid = Paid(cost, paper(12), 64, (400, 500))
+    seen = 0
+    for full in range(11):
+        for select in range(1, 12 - full):
+            reuse = 12 - full - select
+            fit = [
+                budget
+                for budget in range(16, 417, 16)
+                if all(
+                    cost.step(full, select, reuse, length, budget) <= cost.step(2, 3, 7, length, 64)
+                    for length in (400, 500)
+                )
+            ]
+            want = fit[-1] if fit and 48 <= fit[-1] < 400 else None
+            found = paid.fitted(base, select, full)
+            assert (found and found.budget) == want, (full, select)
+            seen += want is not None
+    assert seen > 5
+    own = paid.fitted(base, 3, 2)
+    assert own is not None and own.budget == (64 if cost is not TIMES else 128)
+    assert paid.of(paper(12), 400, own.budget) == paid.of(paper(12), 400, 64)
+
+
+def test_a_layer_that_picks_is_dearer_in_time_than_one_that_does_not() -> None:
+    base = Delta(budget=64, recent=16, sinks=16)
+    paid = Paid(TIMES, paper(12), 64, (400, 500))
+    picking, reading = paid.fitted(base, 4), paid.fitted(base, 1, 3)
+    assert picking is not None and reading is not None and picking.budget < reading.budget
+    assert paid.readings(base, reach=2) == [3, 4], (
+        "five that all pick take longer than the paper's two that do not, and three"
+    )
