@@ -1,8 +1,11 @@
-"""Runs a command over and over in processes that are killed at random moments: `python crash_driver.py KILLS SEED OUT
+"""Runs a command over and over in processes that die at random moments: `python crash_driver.py KILLS SEED OUT
 WORDS...`, where WORDS are the command line, with {} for where a life writes.
 
+Each life that is killed from outside is followed by one that dies in the middle of a write: the system lets a file grow
+to so many bytes, and ends the process at the next one. A kill by the clock all but never falls there.
+
 Everything is imported once and forked, so that a life begins at once; each is a process of its own all the same.
-Prints as JSON how many lives ended by SIGKILL, and how far each had come.
+Prints as JSON how many lives ended by SIGKILL and within a write, and how far each had come.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import io
 import json
 import os
 import random
+import resource
 import signal
 import sys
 import time
@@ -36,12 +40,16 @@ def call(words: list[str]) -> int:
         return int(exit_.code or 0)
 
 
-def life(words: list[str]) -> int:
-    """A process with this command; its id."""
+def life(words: list[str], longest_file: int = resource.RLIM_INFINITY) -> int:
+    """A process with this command; its id. longest_file: in bytes; writing beyond it ends the process."""
     if child := os.fork():
         return child
     code = 1
     try:
+        if longest_file != resource.RLIM_INFINITY:
+            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # Python would make an error of it, and go on
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (longest_file, longest_file))
         code = call(words)
     finally:
         os._exit(code)
@@ -60,6 +68,12 @@ def written(out: Path) -> list[tuple[str, int, int]]:
             stat = path.stat()
             found.append((path.name, stat.st_size, stat.st_mtime_ns))
     return found
+
+
+def next_tear(out: Path, rng: random.Random) -> int:
+    """A length at which the next write to what was last written is likely to end."""
+    files = [(time, size) for _, size, time in written(out)]
+    return (max(files)[1] if files else 0) + rng.randrange(1, 200)
 
 
 def wait_for_changes(out: Path, child: int, count: int) -> None:
@@ -82,18 +96,23 @@ def run(kills: int, seed: int, out: Path, words: list[str]) -> dict[str, object]
     assert call(into("first")) == 0  # what is imported late is imported now
     finish(into("whole"))
     rng = random.Random(seed)
-    killed, sizes = 0, []
+    killed, torn, sizes = 0, 0, []
+
+    def ended(child: int, by: signal.Signals) -> bool:
+        _, status = os.waitpid(child, 0)
+        sizes.append(sum(size for _, size, _ in written(out / "cut")))
+        return os.WIFSIGNALED(status) and os.WTERMSIG(status) == by
+
     for _ in range(kills):
         child = life(into("cut"))
         wait_for_changes(out / "cut", child, rng.choice((0, 1, 1, 2)))
         time.sleep(rng.uniform(0, 0.03))
         with contextlib.suppress(ProcessLookupError):
             os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
-        killed += os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
-        sizes.append(sum(size for _, size, _ in written(out / "cut")))
+        killed += ended(child, signal.SIGKILL)
+        torn += ended(life(into("cut"), next_tear(out / "cut", rng)), signal.SIGXFSZ)
     finish(into("cut"))
-    return {"killed": killed, "sizes": sizes}
+    return {"killed": killed, "torn": torn, "sizes": sizes}
 
 
 if __name__ == "__main__":

@@ -45,6 +45,20 @@ def test_torn_at_any_byte(tmp_path: Path) -> None:
         assert path.read_bytes() == data
 
 
+def test_who_only_reads_begins_no_file(tmp_path: Path) -> None:
+    """A first line that was torn is written by who knows all of it: less would be another run's to the next process."""
+    path = tmp_path / "full.jsonl"
+    filled(path)
+    first = path.read_bytes().index(b"\n")
+    for cut in range(first + 1):
+        path.write_bytes(b"{" * cut)
+        assert not Journal(path, {"method": "full"}, begins=False).answers
+        assert path.read_bytes() == b""
+        assert not Journal(path, HEADER).answers and path.read_bytes().endswith(b"\n")
+    filled(path)
+    assert len(Journal(path, {"method": "full"}, begins=False).answers) == 4
+
+
 def test_damage_in_the_middle_is_no_torn_line(tmp_path: Path) -> None:
     path = tmp_path / "full.jsonl"
     filled(path)

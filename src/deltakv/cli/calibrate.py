@@ -123,7 +123,7 @@ def calibrate(
         if not readings:
             tried.forget()
             raise InputError(
-                f"with --budget {budget} nothing would be left out, or nothing be left to read, in the time of {known}: "
+                f"with --budget {budget} nothing would be left out, or nothing left to read, in the time of {known}: "
                 "at this size reading less saves none; give a longer --context, a larger --batch, or --cost tokens"
             )
         task = bars.add_task("reading", total=len(pieces) * context)

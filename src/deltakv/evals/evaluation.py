@@ -159,7 +159,8 @@ class Run:
         header = {"method": method, "questions": questions.fingerprint(self.asked)}
         if model is not None:
             header |= {"dtype": str(model.dtype).removeprefix("torch."), "device": model.device.type}
-        return Journal(self.folder.journal(method), header, provenance(model) if model is not None else {})
+        notes = provenance(model) if model is not None else {}
+        return Journal(self.folder.journal(method), header, notes, begins=model is not None)
 
     def work(self, tokenizer: Any, config: Any) -> answering.Work:
         """Raises `InputError` if a prompt does not fit the model."""

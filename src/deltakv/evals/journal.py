@@ -48,7 +48,8 @@ class Answered:
 @dataclass
 class Journal:
     """The answers of one method. header: what they were made by and for; a file with another one is refused. notes:
-    what else the file's first line says, for a file that begins now; afterwards, what it says there.
+    what else the file's first line says, for a file that begins now; afterwards, what it says there. begins: whether a
+    file without a first line is given one; else it has no answers, and waits for who knows the whole header.
 
     Opening reads what is there, and cuts a torn last line off. Raises `InputError` for one that is damaged elsewhere.
     """
@@ -57,6 +58,7 @@ class Journal:
     header: dict[str, Any]
     notes: dict[str, Any] = field(default_factory=dict)
     batches: dict[int, Answered] = field(default_factory=dict)
+    begins: bool = True
 
     def __post_init__(self) -> None:
         data = self.path.read_bytes() if self.path.exists() else b""
@@ -65,6 +67,8 @@ class Journal:
             with self.path.open("r+b") as file:
                 file.truncate(len(whole))
                 os.fsync(file.fileno())
+        if not whole and not self.begins:
+            return
         if not whole:
             self._append({**self.header, "notes": self.notes})
             _sync_folder(self.path.parent)
