@@ -14,7 +14,8 @@ class Cost(Protocol):
     """What a step costs; more with a larger budget, or the same. `deltakv.bench.layer_times.LayerTimes` is one, too."""
 
     def step(self, full: int, select: int, reuse: int, length: int, budget: int) -> float:
-        """full, select, reuse: how many layers; length: tokens of a row; budget: those that a REUSE layer reads."""
+        """full, select, reuse: how many layers, WINDOW ones among the last, for they read as much; length: tokens of a
+        row; budget: those that a REUSE layer reads."""
         ...
 
 
@@ -42,8 +43,8 @@ class Paid:
 
     def of(self, plan: LayerPlan, length: int, budget: int) -> float:
         """What a step costs under another plan."""
-        full, select, reuse = (len(plan.layers(role)) for role in (Role.FULL, Role.SELECT, Role.REUSE))
-        return self.cost.step(full, select, reuse, length, budget)
+        full, select = len(plan.layers(Role.FULL)), len(plan.layers(Role.SELECT))
+        return self.cost.step(full, select, len(plan) - full - select, length, budget)
 
     def readings(self, base: Delta, reach: int) -> list[int]:
         """How many layers may read everything: as many as in `plan`, `reach` more or fewer, where that leaves a

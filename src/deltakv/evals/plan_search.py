@@ -1,8 +1,9 @@
 """The search for a plan that reads few layers in full: which ones, and which of them pick.
 
 Greedy, from the first layer on: a layer that picks is added where it helps most, as often as the cost allows; the best
-number of them is kept, for more of them leave less to what the others read; then each reading layer may move, and may
-read without picking. Every candidate is looked at quickly, and only the best again, and
+number of them is kept, for more of them leave less to what the others read, with the first layer or without it: layers
+before the first that picks then read sinks and recent tokens. Then each reading layer may move, and may read without
+picking. Every candidate is looked at quickly, and only the best again, and
 longer. The same losses give the same plan, so a search that goes on from losses it has kept ends where it would have.
 """
 
@@ -10,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from deltakv.errors import PlanError
 from deltakv.plan import LayerPlan, Role
 
 #: A loss of a plan, the less the better; quick (False) or thorough (True).
@@ -39,14 +39,14 @@ def search_plan(
     begin: plans to start from as well, such as the paper's. rounds: of small changes to the best one, at most.
     """
     chosen, grown = [0], []
-    while True:
+    while len(chosen) <= max(readings) and len(chosen) < depth:
+        free = [layer for layer in range(depth) if layer not in chosen]
         if len(chosen) in readings:
             grown.append(_selecting(depth, chosen))
-        if len(chosen) >= max(readings):
-            break
-        free = [layer for layer in range(depth) if layer not in chosen]
         _, plan = best_of((_selecting(depth, [*chosen, layer]) for layer in free), loss)
         chosen = plan.layers(Role.SELECT)
+        if len(chosen) - 1 in readings:
+            grown.append(_selecting(depth, chosen[1:]))
     best, plan = min(((loss(plan, True), number, plan) for number, plan in enumerate([*grown, *begin])))[::2]
     for _ in range(rounds):
         near = list(neighbours(plan))
@@ -61,26 +61,26 @@ def search_plan(
 
 def neighbours(plan: LayerPlan) -> Iterator[LayerPlan]:
     """Plans of the same cost, one change away: a reading layer moves, or picks where it did not, or the other way."""
-    for layer, role in enumerate(plan.roles):
-        if role is Role.REUSE:
-            continue
+    for layer in sorted([*plan.layers(Role.FULL), *plan.layers(Role.SELECT)]):
+        role = plan.roles[layer]
         roles = list(plan.roles)
         roles[layer] = Role.FULL if role is Role.SELECT else Role.SELECT
-        yield from _legal(roles)
+        yield _settled(roles)
         for step in REACH:
             other = layer + step
-            if 0 <= other < len(roles) and plan.roles[other] is Role.REUSE:
+            if 0 <= other < len(roles) and plan.roles[other] in (Role.REUSE, Role.WINDOW):
                 roles = list(plan.roles)
-                roles[layer], roles[other] = Role.REUSE, role
-                yield from _legal(roles)
+                roles[layer], roles[other] = roles[other], role
+                yield _settled(roles)
 
 
 def _selecting(depth: int, layers: Iterable[int]) -> LayerPlan:
-    return LayerPlan.from_layers(depth, select=layers)
+    picking = set(layers)
+    return _settled([Role.SELECT if layer in picking else Role.REUSE for layer in range(depth)])
 
 
-def _legal(roles: Iterable[Role]) -> Iterator[LayerPlan]:
-    try:
-        yield LayerPlan(tuple(roles))
-    except PlanError:  # a layer would reuse what none has picked
-        return
+def _settled(roles: Sequence[Role]) -> LayerPlan:
+    """Layers that read little reuse the last pick; those before the first one read a window, which costs as much."""
+    first = roles.index(Role.SELECT) if Role.SELECT in roles else len(roles)
+    little = (Role.REUSE, Role.WINDOW)
+    return LayerPlan(tuple(little[layer < first] if role in little else role for layer, role in enumerate(roles)))
