@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 import os
 import random
 import resource
@@ -55,11 +56,6 @@ def life(words: list[str], longest_file: int = resource.RLIM_INFINITY) -> int:
         os._exit(code)
 
 
-def finish(words: list[str]) -> None:
-    _, status = os.waitpid(life(words), 0)
-    assert status == 0, f"the command failed: {status}"
-
-
 def written(out: Path) -> list[tuple[str, int, int]]:
     """What stands in a folder: each file's name, size and time."""
     found = []
@@ -71,21 +67,30 @@ def written(out: Path) -> list[tuple[str, int, int]]:
 
 
 def next_tear(out: Path, rng: random.Random) -> int:
-    """A length at which the next write to what was last written is likely to end."""
+    """A length at which the next write is likely to end: to what was last written, or to a file that is new."""
     files = [(time, size) for _, size, time in written(out)]
-    return (max(files)[1] if files else 0) + rng.randrange(1, 200)
+    last = max(files)[1] if files else 0
+    return rng.choice((0, last)) + rng.randrange(1, 200)
 
 
-def wait_for_changes(out: Path, child: int, count: int) -> None:
-    """Until so many changes have been seen in a folder, or the child has ended."""
-    before = written(out)
-    while count:
-        if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
-            return
+def wait_for_changes(out: Path, child: int, most: float = math.inf) -> int:
+    """Until so many changes have been seen in a folder, or the child has ended; how many were seen."""
+    before, seen = written(out), 0
+    while seen < most and os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
         now = written(out)
-        count -= now != before
+        seen += now != before
         before = now
         time.sleep(0.001)
+    return seen
+
+
+def finish(out: Path, words: list[str]) -> int:
+    """The command to its end; how many changes were seen."""
+    child = life(words)
+    seen = wait_for_changes(out, child)
+    _, status = os.waitpid(child, 0)
+    assert status == 0, f"the command failed: {status}"
+    return seen
 
 
 def run(kills: int, seed: int, out: Path, words: list[str]) -> dict[str, object]:
@@ -94,7 +99,7 @@ def run(kills: int, seed: int, out: Path, words: list[str]) -> dict[str, object]
         return [word.replace("{}", str(out / folder)) for word in words]
 
     assert call(into("first")) == 0  # what is imported late is imported now
-    finish(into("whole"))
+    steps = finish(out / "whole", into("whole"))
     rng = random.Random(seed)
     killed, torn, sizes = 0, 0, []
 
@@ -105,14 +110,14 @@ def run(kills: int, seed: int, out: Path, words: list[str]) -> dict[str, object]
 
     for _ in range(kills):
         child = life(into("cut"))
-        wait_for_changes(out / "cut", child, rng.choice((0, 1, 1, 2)))
+        wait_for_changes(out / "cut", child, rng.randint(0, steps // kills))  # all of them together do not end it
         time.sleep(rng.uniform(0, 0.03))
         with contextlib.suppress(ProcessLookupError):
             os.kill(child, signal.SIGKILL)
         killed += ended(child, signal.SIGKILL)
         torn += ended(life(into("cut"), next_tear(out / "cut", rng)), signal.SIGXFSZ)
-    finish(into("cut"))
-    return {"killed": killed, "torn": torn, "sizes": sizes}
+    finish(out / "cut", into("cut"))
+    return {"killed": killed, "torn": torn, "steps": steps, "sizes": sizes}
 
 
 if __name__ == "__main__":
