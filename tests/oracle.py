@@ -135,9 +135,8 @@ class DenseDelta:
     decode position has its own mask is the same mathematics as decoding one token at a time.
 
     model: a stock model (Llama, Qwen2, Qwen3, Mistral, Phi3, OPT, gpt_oss, gemma3_text), in eval mode.
-    roles: one letter for each planned layer, F (full), S (select), R (reuse) or W (sinks and the last pages, as
-        many as a pick has). Layers that `config.layer_types` calls "sliding_attention" keep their window and take no
-        letter.
+    roles: one letter for each planned layer, F (full), S (select) or R (reuse). Layers that
+        `config.layer_types` calls "sliding_attention" keep their window and take no letter.
     budget, recent, sinks, min_context: in tokens, as in `deltakv.Delta`.
     """
 
@@ -231,10 +230,6 @@ class DenseDelta:
             everything = _softmax(logits, visible, s_aux)
             visible = self._reuse(visible)
             self._run.recall[layer] = self._recall(everything, visible)
-        if role == "W":
-            everything = _softmax(logits, visible, s_aux)
-            visible = self._window(visible)
-            self._run.recall[layer] = self._recall(everything, visible)
         if role is not None:
             decode = slice(self._start, None)
             self._run.attended += int(visible[decode].sum())
@@ -273,16 +268,6 @@ class DenseDelta:
             for page in range(math.ceil(len(causal) / self.page_size)):
                 if page not in kept:
                     visible[position, page * self.page_size : (page + 1) * self.page_size] = False
-        return visible
-
-    def _window(self, causal: Tensor) -> Tensor:
-        """The causal mask [T, T] with each sparse decode position's row cut down to sinks and the last pages."""
-        budget, _, sinks, min_context = self.limits
-        visible = causal.clone()
-        for position in range(self._start, len(causal)):
-            pages = math.ceil((position + 1) / self.page_size)
-            if position + 1 > min_context and pages > budget:
-                visible[position, sinks * self.page_size : (pages - budget + sinks) * self.page_size] = False
         return visible
 
     def _recall(self, probabilities: Tensor, visible: Tensor) -> float:

@@ -222,12 +222,6 @@ class TestByName:
         with pytest.raises(deltakv.PlanError, match="'h2o' evicts in each layer by itself, and layer 2 is REUSE"):
             parse("h2o:plan=FSRS").layer_plan(4)
 
-    @pytest.mark.parametrize("method", ["h2o", "lazyeviction", "streaming"])
-    def test_methods_without_a_window_for_a_layer(self, method: str) -> None:
-        with pytest.raises(deltakv.PlanError, match=f"'{method}' has no window for a layer, and layer 1 is WINDOW"):
-            parse(f"{method}:plan=SWSS").layer_plan(4)
-        assert str(parse("quest:plan=SWSS").layer_plan(4)) == "SWSS"
-
     def test_from_options(self) -> None:
         assert from_options("delta", {"budget": 256, "recent": 32}) == deltakv.Delta(budget=256, recent=32)
         with pytest.raises(deltakv.ConfigError, match="algorithm"):

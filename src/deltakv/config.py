@@ -9,8 +9,8 @@ import enum
 from dataclasses import dataclass
 from typing import ClassVar
 
-from deltakv.errors import ConfigError, PlanError
-from deltakv.plan import LayerPlan, PlanSpec, Role, resolve
+from deltakv.errors import ConfigError
+from deltakv.plan import LayerPlan, PlanSpec, resolve
 
 PAGE_SIZES = (16, 32, 64, 128)
 
@@ -32,8 +32,8 @@ class Method:
     plan: a `LayerPlan`, a preset's name, one letter a layer, a file, or None for the method's own default by depth.
     sees: what its SELECT layers pick by. remembers: whether a pick outlives its step, so that rows have a past of
         queries beside that of K and V. evicts: whether pages that were dropped once never come back. by_head: whether
-        the pick needs what each head sees apart, and so all heads in one place. windows: whether a plan may have WINDOW
-        layers, which have the method's sinks and budget. default_plan: the preset that `plan=None` means.
+        the pick needs what each head sees apart, and so all heads in one place. default_plan: the preset that
+        `plan=None` means.
     """
 
     algorithm: ClassVar[str]
@@ -41,7 +41,6 @@ class Method:
     remembers: ClassVar[bool] = False
     evicts: ClassVar[bool] = False
     by_head: ClassVar[bool] = False
-    windows: ClassVar[bool] = False
     default_plan: ClassVar[str | None] = None
 
     page_size: int = 16
@@ -53,13 +52,7 @@ class Method:
 
     def layer_plan(self, depth: int) -> LayerPlan:
         """The plan for a model with `depth` layers to plan. Raises `PlanError` if there is none."""
-        plan = resolve(self.default_plan if self.plan is None else self.plan, depth)
-        if (windows := plan.layers(Role.WINDOW)) and not self.windows:
-            raise PlanError(
-                f"method {self.algorithm!r} has no window for a layer, and layer {windows[0]} is WINDOW; make it 'S' "
-                f"or 'F', or take a method with a budget that does not evict, such as delta (plan: {plan})"
-            )
-        return plan
+        return resolve(self.default_plan if self.plan is None else self.plan, depth)
 
     @property
     def attends_to_own_pick(self) -> bool:
@@ -67,8 +60,7 @@ class Method:
         return self.sees is not Sees.SOFTMAX or self.remembers
 
     def kept_pages(self, length: int) -> int:
-        """Pages that a REUSE layer reads of a row of `length` tokens, and a WINDOW layer; all, unless the method says
-        less."""
+        """Pages that a REUSE layer reads of a row of `length` tokens; all, unless the method says less."""
         return -(-length // self.page_size)
 
     def keeps_all(self, length: int) -> bool:
@@ -138,8 +130,6 @@ class Budgeted(Method):
     min_context: a row of at most that many tokens stays dense.
     `budget`, `recent` and `sinks` are multiples of `page_size`. Raises `ConfigError` if they do not hold together.
     """
-
-    windows: ClassVar[bool] = True
 
     budget: int = 1024
     recent: int = 16

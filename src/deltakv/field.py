@@ -185,7 +185,6 @@ class Evicting(Budgeted):
     remembers: ClassVar[bool] = True
     evicts: ClassVar[bool] = True
     by_head: ClassVar[bool] = True
-    windows: ClassVar[bool] = False
     default_plan: ClassVar[str | None] = "every"
 
     lag: int = 16

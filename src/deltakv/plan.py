@@ -24,7 +24,6 @@ class Role(enum.Enum):
     FULL = "F"  #: attends to the whole cache
     SELECT = "S"  #: attends to the whole cache and picks pages (the paper's Δ-layer)
     REUSE = "R"  #: attends to the last pick alone
-    WINDOW = "W"  #: attends to sinks and the most recent tokens, as many as are in a pick
 
 
 @dataclass(frozen=True)
@@ -48,17 +47,15 @@ class LayerPlan:
             if role is Role.REUSE and not seen_select:
                 raise PlanError(
                     f"layer {index} is REUSE, but no layer before it is SELECT, so there is no pick to reuse; "
-                    f"make layer {index} 'F', 'S' or 'W', or put an 'S' before it (plan: {self})"
+                    f"make layer {index} 'F' or 'S', or put an 'S' before it (plan: {self})"
                 )
 
     @classmethod
     def from_string(cls, letters: str) -> LayerPlan:
-        """`"FFSRRR"` to a plan. Raises `PlanError` for letters other than F, S, R and W."""
+        """`"FFSRRR"` to a plan. Raises `PlanError` for letters other than F, S and R."""
         wrong = sorted(set(letters) - {role.value for role in Role})
         if wrong:
-            raise PlanError(
-                f"plan {letters!r} has the letters {wrong}; allowed are F (full), S (select), R (reuse), W (window)"
-            )
+            raise PlanError(f"plan {letters!r} has the letters {wrong}; allowed are F (full), S (select), R (reuse)")
         return cls(tuple(Role(letter) for letter in letters))
 
     @classmethod
@@ -124,7 +121,7 @@ class LayerPlan:
     @property
     def reads_in_full(self) -> int:
         """How many layers read the whole cache at each step."""
-        return len(self.layers(Role.FULL)) + len(self.layers(Role.SELECT))
+        return len(self.roles) - len(self.layers(Role.REUSE))
 
 
 def model_fingerprint(config: Any) -> str:
@@ -227,7 +224,7 @@ def resolve(spec: PlanSpec, depth: int) -> LayerPlan:
     if spec is None:
         spec = DEFAULT_PRESET
     if not isinstance(spec, LayerPlan | str | os.PathLike):
-        raise PlanError(f"plan={spec!r} is not a LayerPlan, a preset's name, a string of F, S, R and W, or a file")
+        raise PlanError(f"plan={spec!r} is not a LayerPlan, a preset's name, a string of F, S and R, or a file")
     if isinstance(spec, str) and spec in PRESETS:
         return PRESETS[spec](depth)
     if spec == MEASURED:
@@ -244,7 +241,7 @@ def resolve(spec: PlanSpec, depth: int) -> LayerPlan:
     else:
         raise PlanError(
             f"plan {spec!r} is not a preset ({', '.join(sorted([*PRESETS, MEASURED]))}), not one letter a layer "
-            "(F, S, R, W) and not a file"
+            "(F, S, R) and not a file"
         )
     if len(plan) != depth:
         raise PlanError(

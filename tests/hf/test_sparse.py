@@ -25,8 +25,8 @@ from oracle import DenseDelta
 #: Layers that join the plan: all, or those without a window.
 DEPTH = dict.fromkeys(KINDS, 6) | {"gpt_oss": 4}
 PLANS = {
-    6: ["FSRRSR", "SRRRRR", "FFSRFR", "SSRRSS", "WWSRWR", "WFWFWF"],
-    4: ["FSRR", "SRRR", "SRFR", "SRSR", "WSWR", "WFFW"],
+    6: ["FSRRSR", "SRRRRR", "FFSRFR", "SSRRSS"],
+    4: ["FSRR", "SRRR", "SRFR", "SRSR"],
 }
 DEFAULT = {6: "FSRRSR", 4: "SRSR"}
 
@@ -56,11 +56,11 @@ def test_decoding_over_page_edges(model_of: Any, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("which", range(6))
+@pytest.mark.parametrize("which", range(4))
 def test_plans(model_of: Any, kind: str, which: int) -> None:
     method = small(kind, plan=PLANS[DEPTH[kind]][which])
     handle = run_and_check(model_of(kind, seed=1), method, tokens(150, seed=which), 138)
-    assert handle.stats.sparse_rows == (12 if set("RW") & set(str(handle.plan)) else 0)
+    assert handle.stats.sparse_rows == (12 if "R" in str(handle.plan) else 0)
 
 
 @pytest.mark.parametrize(
@@ -78,22 +78,9 @@ def test_plans(model_of: Any, kind: str, which: int) -> None:
     ],
     ids=str,
 )
-@pytest.mark.parametrize(("kind", "plan"), [("llama", None), ("gpt_oss", None), ("llama", "WWSRWR")])
-def test_budgets(model_of: Any, kind: str, plan: str | None, changes: dict[str, int]) -> None:
-    run_and_check(model_of(kind), small(kind, **changes, **({"plan": plan} if plan else {})), tokens(132, seed=3), 110)
-
-
-def test_windows_alone_are_streaming_llm(model_of: Any) -> None:
-    """Two ways to say it, one result; rows of different lengths, of which one loses nothing."""
-    model, batch, new = model_of("qwen2"), ragged(40, 130, 77), tokens(60, seed=4).view(3, 20)
-    windows = deltakv.Delta(**SMALL | {"recent": 32}, plan="W" * 6)
-    logits, attended = [], []
-    for method in (windows, deltakv.StreamingLLM(window=48, sinks=16)):
-        with deltakv.apply(model, method) as handle:
-            logits.append(decode(model, batch, new)[0])
-            attended.append((handle.stats.rows, handle.stats.sparse_rows, handle.stats.attended_tokens))
-    assert torch.equal(*logits)
-    assert attended[0] == attended[1] and attended[0][1] == 40
+@pytest.mark.parametrize("kind", ["llama", "gpt_oss"])
+def test_budgets(model_of: Any, kind: str, changes: dict[str, int]) -> None:
+    run_and_check(model_of(kind), small(kind, **changes), tokens(132, seed=3), 110)
 
 
 @pytest.mark.parametrize("start", [1, 15, 16, 17, 63, 64, 65])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 PAGE, WIDTH, HEADS, KV_HEADS, DIM = 16, 24, 4, 2, 32
-ROLES = "FSRRSRW"
+ROLES = "FSRRSR"
 OPTIONS = {"budget": 64, "recent": 16, "sinks": 16, "min_context": 96}
 
 
@@ -64,9 +64,7 @@ def expected(q: Tensor, kv: Tensor, table: Tensor, lens: Tensor, prompts: Tensor
         kept = list(range(length))
         for index, role in enumerate(ROLES):
             stored = kv[index][table[row, :pages].long()].flatten(0, 1)[:length].repeat_interleave(2, 1)
-            tokens = list(range(length))
-            if not prompts[row] and role in "RW":
-                tokens = kept if role == "R" else recent(length)
+            tokens = kept if role == "R" and not prompts[row] else list(range(length))
             keys, values = stored[tokens].split(DIM, dim=-1)
             weights = torch.softmax(torch.einsum("hd,thd->ht", q[index, row], keys) * DIM**-0.5, -1)
             outputs[index, row] = torch.einsum("ht,thd->hd", weights, values)
@@ -81,13 +79,6 @@ def expected(q: Tensor, kv: Tensor, table: Tensor, lens: Tensor, prompts: Tensor
                     kept = [token for page in chosen for token in range(page * PAGE, page * PAGE + PAGE)]
                     kept = [token for token in kept if token < length]
     return outputs
-
-
-def recent(length: int) -> list[int]:
-    """What a WINDOW layer reads of a row: the first page and the last ones, as many as a pick has."""
-    first, budget = OPTIONS["sinks"], OPTIONS["budget"]
-    begin = -(-length // PAGE) * PAGE - budget + first
-    return [token for token in range(length) if length <= OPTIONS["min_context"] or not first <= token < begin]
 
 
 def replayed() -> None:
@@ -300,7 +291,7 @@ def figures() -> None:
                 want["decode_rows"] += 1
                 want["sparse_rows"] += left_out > 0
                 want["picks"] += (left_out > 0) * ROLES.count("S")
-                want["attended_tokens"] += length * len(ROLES) - left_out * PAGE * 4
+                want["attended_tokens"] += length * len(ROLES) - left_out * PAGE * ROLES.count("R")
                 want["full_tokens"] += length * len(ROLES)
             shown.append(json.loads((folder / "worker.json").read_text())["decode_rows"])
             now[0] += 0.6

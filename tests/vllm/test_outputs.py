@@ -71,7 +71,7 @@ def test_where_all_pages_are_kept_bits_are_stock(
     assert_equal(engines.run(tiny, ask(LONG, MIDDLE, SHORT), settings=settings)[0], stock_rows)
 
 
-@pytest.mark.parametrize("plan", ["FFSRRSRR", "SRRRRRRR", "FSRFRSSR", "WWSRRWFR"])
+@pytest.mark.parametrize("plan", ["FFSRRSRR", "SRRRRRRR", "FSRFRSSR"])
 @pytest.mark.parametrize("page_size", [16, 32])
 def test_sparse_is_what_transformers_gives(
     engines: Driver, tiny: str, stock_rows: list[Row], plan: str, page_size: int

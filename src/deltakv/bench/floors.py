@@ -14,7 +14,7 @@ from deltakv.plan import LayerPlan, Role
 
 @dataclass(frozen=True)
 class LayerCost:
-    """A layer of the model. role: its letter in the plan, or "sliding" for a layer with a sliding window."""
+    """A layer of the model. role: its letter in the plan, or "window" for a layer with a sliding window."""
 
     index: int
     role: str
@@ -27,7 +27,7 @@ class LayerCost:
             return min(length, self.window)
         if self.role == Role.SELECT.value:
             return method.select_tokens(length)
-        return length if self.role == Role.FULL.value else method.kept_tokens(length)
+        return method.kept_tokens(length) if self.role == Role.REUSE.value else length
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def step_cost(config: Any, windows: tuple[int | None, ...], method: Method, dtyp
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     a_token = 2 * heads * head_dim * dtype.itemsize
-    layers = [LayerCost(index, roles.get(index, "sliding"), a_token, window) for index, window in enumerate(windows)]
+    layers = [LayerCost(index, roles.get(index, "window"), a_token, window) for index, window in enumerate(windows)]
     dense, experts = _parameters(config)
     count = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
     active = getattr(config, "num_experts_per_tok", None)

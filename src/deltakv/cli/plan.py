@@ -15,7 +15,7 @@ from deltakv.errors import InputError
 if TYPE_CHECKING:
     from deltakv.offload.config import Host
 
-ROLE_NAMES = {"F": "FULL", "S": "SELECT (Δ)", "R": "REUSE", "W": "WINDOW", "sliding": "sliding window"}
+ROLE_NAMES = {"F": "FULL", "S": "SELECT (Δ)", "R": "REUSE", "window": "sliding window"}
 
 
 def plan(

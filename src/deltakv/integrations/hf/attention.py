@@ -135,10 +135,9 @@ class PagedAttention:
         """One token a row: query and result [batch, n_heads, head_dim]."""
         assert self.cache is not None
         k_pool, v_pool = self.cache.state.pool.layer(layer)
-        if role in (Role.REUSE, Role.WINDOW):
-            pick = step.pick if role is Role.REUSE else self.selecting.window(step, layer, k_pool.shape[1])
-            assert pick is not None, "a plan has a SELECT layer before any REUSE layer"
-            table, lens = pick.on(query.device)
+        if role is Role.REUSE:
+            assert step.pick is not None, "a plan has a SELECT layer before any REUSE layer"
+            table, lens = step.pick.on(query.device)
             return decode_attention(query, k_pool, v_pool, table, lens, scale, sinks)
         if role is Role.SELECT:
             known = self.cache.state.known

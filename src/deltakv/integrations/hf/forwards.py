@@ -211,5 +211,4 @@ class Forwards:
 def _counts(step: Step) -> tuple[list[Tensor], list[Tensor]]:
     """What a `Meter` adds up of a decode step: the tokens of each pick, and what was read to pick it."""
     looked_at = [pick.looked_at for pick in step.picks if pick.looked_at is not None]
-    picks = step.picks if step.window is None else [*step.picks, step.window]
-    return [pick.seq_lens[:, 0] for pick in picks], looked_at
+    return [pick.seq_lens[:, 0] for pick in step.picks], looked_at

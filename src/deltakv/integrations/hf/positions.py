@@ -16,7 +16,6 @@ from torch import Tensor
 
 from deltakv.config import Method, Sees
 from deltakv.methods import Lengths, Memory, PageBounds, Picks, SoftmaxStats, Tally, listed
-from deltakv.methods.window import window_pick
 from deltakv.ops import chunk_attention, chunk_logits, page_masses
 from deltakv.plan import Role
 
@@ -42,13 +41,10 @@ class Trace:
 @dataclass
 class _Seen:
     """What one forward has seen so far. kept_tokens: by SELECT layer, the tokens of each position's pick, by block;
-    window_tokens: those of the WINDOW layers' pick, by row; looked_at: as kept_tokens, what a layer that attends to its
-    pick reads beside it; recall: by layer, the sum over heads and positions, and how many they are. windows: by row,
-    what WINDOW layers keep."""
+    looked_at: likewise, what a layer that attends to its pick reads beside it; recall: by layer, the sum over heads and
+    positions, and how many they are."""
 
     kept_tokens: dict[int, list[Tensor]] = field(default_factory=dict)
-    window_tokens: list[Tensor] = field(default_factory=list)
-    windows: dict[int, Tensor] = field(default_factory=dict)
     looked_at: dict[int, list[Tensor]] = field(default_factory=dict)
     picks: dict[int, list[Tensor]] = field(default_factory=dict)
     recall: dict[int, tuple[float, int]] = field(default_factory=dict)
@@ -68,8 +64,8 @@ class Positions:
         self._step = _Seen()
 
     def commit(self) -> tuple[list[Tensor], list[Tensor]]:
-        """The forward came through: what it saw counts. Returns what `Meter.add` wants of each position: `kept_tokens`
-        and `looked_at`."""
+        """The forward came through: what it saw counts. Returns the tokens of each position's pick, one int32
+        [positions] a SELECT layer, in order; and what `Meter.add` wants as `looked_at`."""
         step, self._step = self._step, _Seen()
         for layer, picks in step.picks.items():
             self.trace.picks.setdefault(layer, []).extend(picks)
@@ -78,8 +74,7 @@ class Positions:
             self._recall[layer] = (old_mass + mass, old_count + count)
             self.trace.recall[layer] = self._recall[layer][0] / self._recall[layer][1]
         kept, looked_at = step.kept_tokens, step.looked_at
-        picks = [kept[at] for at in sorted(kept)] + ([step.window_tokens] if step.window_tokens else [])
-        return [torch.cat(tokens) for tokens in picks], [torch.cat(looked_at[at]) for at in sorted(looked_at)]
+        return [torch.cat(kept[at]) for at in sorted(kept)], [torch.cat(looked_at[at]) for at in sorted(looked_at)]
 
     def abort(self) -> None:
         """The forward failed: forgets what it saw."""
@@ -109,22 +104,9 @@ class Positions:
                 visible = kept | everything[:, None]
         elif role is Role.REUSE:
             kept = visible = self._kept[row].to(q.device)
-        elif role is Role.WINDOW:
-            kept = visible = self._window(row, len(q), k)
         if visible is not None and kept is not None and self._want_recall:
             self._add_recall(layer, q, k, scale, sinks, kept)
         return chunk_attention(q, k, v, scale, sinks, visible, self._page_size), memory
-
-    def _window(self, row: int, m: int, k: Tensor) -> Tensor:
-        """bool [m, n_pages]: what the WINDOW layers of each position keep; made once for all of them."""
-        if row not in self._step.windows:
-            tokens = len(k)
-            width = -(-tokens // self._page_size)
-            seq_lens = torch.arange(tokens - m + 1, tokens + 1, dtype=torch.int32, device=k.device)
-            picks = window_pick(self._method, Lengths(seq_lens, self._page_size, width))
-            self._step.windows[row] = _marked(picks, width)
-            self._step.window_tokens.append(picks.n_kept * self._page_size + seq_lens % -self._page_size)
-        return self._step.windows[row].to(k.device)
 
     def _pick(
         self, layer: int, q: Tensor, k: Tensor, scale: float, sinks: Tensor | None, memory: Memory | Tally | None
@@ -148,7 +130,10 @@ class Positions:
                 everything[start:stop] = due & (self._method.sees is Sees.SOFTMAX)
             else:
                 picks = self._selector.pick(seen)
-            kept[start:stop] = _marked(picks, width)
+            column = torch.arange(picks.pages.shape[1], device=q.device)
+            listed = column < picks.n_kept[:, None]
+            rows = torch.arange(start, stop, device=q.device)[:, None].expand_as(listed)
+            kept[rows[listed], picks.pages.long()[listed]] = True
             missing = -seq_lens % self._page_size
             kept_tokens = picks.n_kept * self._page_size - missing
             self._step.kept_tokens.setdefault(layer, []).append(kept_tokens)
@@ -221,12 +206,3 @@ class Positions:
             inside = (mass * kept[start:stop, None, : mass.shape[-1]]).sum(-1) / mass.sum(-1)
             total, count = self._step.recall.get(layer, (0.0, 0))
             self._step.recall[layer] = (total + float(inside.double().sum()), count + inside.numel())
-
-
-def _marked(picks: Picks, width: int) -> Tensor:
-    """bool [rows, width]: the pages of each row's pick."""
-    listed = torch.arange(picks.pages.shape[1], device=picks.pages.device) < picks.n_kept[:, None]
-    rows = torch.arange(len(listed), device=listed.device)[:, None].expand_as(listed)
-    marked = torch.zeros((len(listed), width), dtype=torch.bool, device=listed.device)
-    marked[rows[listed], picks.pages.long()[listed]] = True
-    return marked

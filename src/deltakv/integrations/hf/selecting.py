@@ -1,5 +1,4 @@
-"""What a SELECT layer does at a decode step: attends, and picks, in the order that the method's config says; and the
-pick of the WINDOW layers."""
+"""What a SELECT layer does at a decode step: attends, and picks, in the order that the method's config says."""
 
 from __future__ import annotations
 
@@ -13,7 +12,6 @@ from deltakv.config import Method, Sees
 from deltakv.integrations.hf.known import Known
 from deltakv.integrations.hf.step import Pick, Step
 from deltakv.methods import Lengths, PageBounds, Picks, SoftmaxStats, listed
-from deltakv.methods.window import window_pick
 from deltakv.ops import decode_attention, decode_attention_stats, page_masses
 
 
@@ -67,17 +65,6 @@ class Selecting:
         pick = _pick(layer, self.selector.pick(seen), table, lens, page_size, looked_at)
         step.picked(pick)
         return decode_attention(query, k_pool, v_pool, pick.block_table, pick.seq_lens, scale, sinks)
-
-    def window(self, step: Step, layer: int, page_size: int) -> Pick:
-        """What WINDOW layers attend to; made by the first of a step, `layer`, for all."""
-        if step.window is None:
-            table, lens = step.block_table, step.seq_lens
-            if self.method.keeps_all(table.shape[2] * page_size):
-                step.window = _everything(layer, table, lens, page_size)
-            else:
-                picks = window_pick(self.method, Lengths(lens[:, 0], page_size, table.shape[2]))
-                step.window = _pick(layer, picks, table, lens, page_size)
-        return step.window
 
     def _remembering(
         self,
@@ -163,7 +150,7 @@ def _pick(
 
 
 def _everything(layer: int, block_table: Tensor, seq_lens: Tensor, page_size: int) -> Pick:
-    """The pick of a layer whose rows keep all their pages. Arguments: the layer's index; as in `Step`."""
+    """The pick of a SELECT layer whose rows keep all their pages. Arguments: the layer's index; as in `Step`."""
     n_pages = (seq_lens[:, 0] + page_size - 1) // page_size
     pages = torch.arange(block_table.shape[-1], dtype=torch.int32, device=block_table.device)
     kept = torch.where(pages < n_pages[:, None], pages, 0)

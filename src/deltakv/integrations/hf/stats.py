@@ -15,10 +15,9 @@ from deltakv.plan import LayerPlan, Role
 class Meter:
     """Counts of one batch, added up on its device; a forward that counts can be one CUDA graph.
 
-    plan: what is counted for. own_pick: its SELECT layers attend to what they pick. counts: int64 [4 + picks, rows]:
-    steps; those in which the row took part; those in which it was sparse; tokens of the row; and each pick, of the
-    SELECT layers and of all WINDOW layers together. With own_pick a row more: what SELECT layers read beside their
-    pick, in tokens' worth.
+    plan: what is counted for. own_pick: its SELECT layers attend to what they pick. counts: int64 [4 + SELECT layers,
+    rows]: steps; those in which the row took part; those in which it was sparse; tokens of the row; and the pick of
+    each SELECT layer. With own_pick a row more: what SELECT layers read beside their pick, in tokens' worth.
     """
 
     def __init__(
@@ -32,18 +31,15 @@ class Meter:
             self._own_pick + sum(plan.roles[layer] is Role.REUSE for layer in range(first, end))
             for first, end in zip(selects, ends, strict=True)
         ]
-        self._attending += [len(windows)] if (windows := plan.layers(Role.WINDOW)) else []
         with torch.inference_mode(False):  # made in inference mode, it could not be written outside of it
-            self.counts = torch.zeros(
-                (4 + len(self._attending) + self._own_pick, rows), dtype=torch.long, device=device
-            )
+            self.counts = torch.zeros((4 + len(selects) + self._own_pick, rows), dtype=torch.long, device=device)
         if static:
             mark_static(self.counts)
 
     def add(self, seq_lens: Tensor, kept_tokens: Sequence[Tensor], looked_at: Sequence[Tensor] = ()) -> None:
-        """One step. seq_lens: int32 [rows], 0 for a row that took no part; kept_tokens: one int32 [rows] a pick, of the
-        SELECT layers in order and of the WINDOW layers, the tokens on it; looked_at: with own_pick, one a SELECT layer,
-        what the layer reads beside it. No value is looked at, so it can be traced."""
+        """One step. seq_lens: int32 [rows], 0 for a row that took no part; kept_tokens: one int32 [rows] a SELECT
+        layer, in order, the tokens of its pick; looked_at: with own_pick, likewise what the layer reads beside it. No
+        value is looked at, so it can be traced."""
         kept = [tokens.to(seq_lens.device) for tokens in kept_tokens]
         sparse = torch.zeros_like(seq_lens, dtype=torch.bool)
         for tokens, attending in zip(kept, self._attending, strict=True):

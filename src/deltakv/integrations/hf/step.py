@@ -41,8 +41,7 @@ class Step:
     pages, offsets: int64 [tokens], where each new token is stored, row by row.
     block_table: int32 [batch, 1, width]; seq_lens: int32 [batch, 1], the new tokens included; 0 for a row that only
         keeps its place in the batch.
-    pick: what the last SELECT layer picked; picks: all of this step, in order. window: what WINDOW layers attend to,
-        once the first of them has asked.
+    pick: what the last SELECT layer picked; picks: all of this step, in order.
     memories: what SELECT layers remember from this step on, if it counts. noted: the bounds of the rows' last pages are
         known to include it.
     """
@@ -54,7 +53,6 @@ class Step:
     seq_lens: Tensor
     pick: Pick | None = None
     picks: list[Pick] = field(default_factory=list)
-    window: Pick | None = None
     memories: dict[int, Memory | Tally] = field(default_factory=dict)
     noted: bool = False
     _moved: dict[tuple[str, torch.device], Tensor] = field(default_factory=dict)

@@ -53,25 +53,20 @@ class SparseCPUMetadata(CPUAttentionMetadata):
     """vLLM's metadata of a step with sparse rows.
 
     shorten: vLLM's metadata anew, for another block table and other lengths. shortened: what the REUSE layers of each
-    SELECT layer run on, and, by "", all WINDOW layers; made once for all of them, since the kernel's schedule depends
-    on the lengths.
+    SELECT layer run on; made once for all of them, since the kernel's schedule depends on the lengths.
     """
 
     step: Step = field(kw_only=True)
     shorten: Callable[[Tensor, Tensor], CPUAttentionMetadata] = field(kw_only=True)
     shortened: dict[str, CPUAttentionMetadata] = field(default_factory=dict)
 
-    def of_pick(self, layer: str) -> CPUAttentionMetadata:
-        """What a REUSE or WINDOW layer runs on: its block table, with its pick's pages alone in the sparse rows."""
-        source = self.step.layout.sources.get(layer, "")
+    def of_reuse(self, layer: str) -> CPUAttentionMetadata:
+        """What a REUSE layer runs on: its block table, with the last pick's pages alone in the sparse rows."""
+        source = self.step.layout.sources[layer]
         if source not in self.shortened:
+            selecting = get_forward_context().attn_metadata[source]  # itself, or that of another block table
             rows = self.step.rows
-            if source:
-                selecting = get_forward_context().attn_metadata[source]  # itself, or that of another block table
-                picks = selecting.step.picks[source]
-            else:
-                picks = self.step.window()
-            pages, tokens = narrowed(rows.block_table, rows.seq_lens, picks, self.step.page_size)
+            pages, tokens = narrowed(rows.block_table, rows.seq_lens, selecting.step.picks[source], self.step.page_size)
             table, lens = self.block_table.clone(), self.seq_lens.clone()
             table[rows.rows, : pages.shape[1]] = pages
             lens[rows.rows] = tokens
@@ -131,9 +126,9 @@ class SparseCPUImpl(CPUAttentionBackendImpl):
         step = attn_metadata.step if isinstance(attn_metadata, SparseCPUMetadata) else None
         role = None if step is None else step.layout.roles.get(layer.layer_name)
         runs_on = attn_metadata
-        if role in (Role.REUSE, Role.WINDOW):
+        if role is Role.REUSE:
             assert isinstance(attn_metadata, SparseCPUMetadata)
-            runs_on = attn_metadata.of_pick(layer.layer_name)
+            runs_on = attn_metadata.of_reuse(layer.layer_name)
         out: Tensor = super().forward(
             layer, query, key, value, kv_cache, runs_on, output, output_scale, output_block_scale
         )

@@ -59,8 +59,7 @@ class Figures:
         self._worker, self._method, self._with_rows, self._seconds = worker, method, with_rows, seconds
         self._shown = float("-inf")
         self._kept = np.zeros(0, dtype=np.int64)  # pages by length, looked up: the method answers for one at a time
-        self._reusing = roles.count(Role.REUSE) + roles.count(Role.WINDOW)  # both read as much
-        self._selecting = roles.count(Role.SELECT)
+        self._reusing, self._selecting = roles.count(Role.REUSE), roles.count(Role.SELECT)
         self._layers = len(roles)
         self._logged = time.monotonic()
 

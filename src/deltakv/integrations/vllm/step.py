@@ -9,8 +9,7 @@ from torch import Tensor
 from deltakv.integrations.vllm.layout import NamedLayout
 from deltakv.integrations.vllm.ranks import across_ranks
 from deltakv.integrations.vllm.rows import Rows
-from deltakv.methods import Lengths, Picks, Selector, SoftmaxStats
-from deltakv.methods.window import window_pick
+from deltakv.methods import Picks, Selector, SoftmaxStats
 
 
 @dataclass
@@ -29,12 +28,6 @@ class Step:
     @property
     def page_size(self) -> int:
         return self.layout.settings.method.page_size
-
-    def window(self) -> Picks:
-        """What the sparse rows keep in WINDOW layers."""
-        lens = self.rows.seq_lens
-        seen = Lengths(lens, self.page_size, -(-int(lens.max()) // self.page_size))
-        return window_pick(self.layout.settings.method, seen)
 
     def pick(self, layer: str, logits: Tensor, peaks: Tensor, lse: Tensor) -> None:
         """A SELECT layer's pick, from the softmax of the sparse rows; arguments as in `SoftmaxStats`."""
