@@ -37,6 +37,7 @@ from deltakv.methods.streaming import StreamingSelector
 from deltakv.methods.tactic import TacticSelector
 from deltakv.methods.tidal import TidalSelector
 from deltakv.methods.tokenselect import TokenSelectSelector
+from deltakv.methods.unscored import window_of
 from deltakv.plan import LayerPlan, load_settings
 
 #: Config classes by the name that a command line or a server's config gives them.
@@ -150,4 +151,5 @@ __all__ = [
     "parse",
     "register",
     "selector",
+    "window_of",
 ]

@@ -211,4 +211,5 @@ class Forwards:
 def _counts(step: Step) -> tuple[list[Tensor], list[Tensor]]:
     """What a `Meter` adds up of a decode step: the tokens of each pick, and what was read to pick it."""
     looked_at = [pick.looked_at for pick in step.picks if pick.looked_at is not None]
-    return [pick.seq_lens[:, 0] for pick in step.picks], looked_at
+    window = [] if step.window is None else [step.window]
+    return [pick.seq_lens[:, 0] for pick in (*window, *step.picks)], looked_at
