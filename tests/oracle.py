@@ -86,7 +86,7 @@ def pick(
 
 
 def window(seq_len: int, page_size: int, budget_pages: int, sink_pages: int, min_context: int) -> list[int]:
-    """The pages that a WINDOW layer reads, ascending: sinks, and as many of the last ones as the budget has room for."""
+    """The pages that a WINDOW layer reads, ascending: sinks, and as many of the last ones as still fit the budget."""
     n_pages = math.ceil(seq_len / page_size)
     pages = list(range(n_pages))
     if seq_len <= min_context or n_pages <= budget_pages:

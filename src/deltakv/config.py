@@ -52,12 +52,13 @@ class Method:
             raise ConfigError(f"page_size={self.page_size!r} is not one of {PAGE_SIZES}")
 
     def layer_plan(self, depth: int) -> LayerPlan:
-        """The plan for a model with `depth` layers to plan. Raises `PlanError` if there is none."""
+        """The plan for a model with `depth` layers to plan. Raises `PlanError` if there is none, or not for this
+        method."""
         plan = resolve(self.default_plan if self.plan is None else self.plan, depth)
         if not self.windows and (layers := plan.layers(Role.WINDOW)):
             raise PlanError(
-                f"method {self.algorithm!r} has no budget that a WINDOW layer could read, and layer {layers[0]} is one; "
-                f"allowed are F (full), S (select), R (reuse) (plan: {plan})"
+                f"method {self.algorithm!r} has no budget that a WINDOW layer could read, and layer {layers[0]} is "
+                f"one; allowed are F, S and R (plan: {plan})"
             )
         return plan
 

@@ -1,5 +1,5 @@
-"""WINDOW layers against the dense reference, on every path on which a plan is obeyed: steps that the host lays out, steps
-whose books are on the device, compiled ones, evaluation mode."""
+"""WINDOW layers against the dense reference, on every path on which a plan is obeyed: steps that the host lays out,
+steps whose books are on the device, compiled ones, evaluation mode."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import CompileConfig
 
 import deltakv
 from hf.harness import SMALL, assert_close, assert_equals_oracle, decode, greedy, left_padded, recorded_picks, tokens
-from hf.on_device import an_end, counted
+from hf.on_device import an_end
 from hf.test_methods import assert_is_the_oracle_s, counts, evaluate
 from hf.test_methods import small as small_method
 
@@ -140,10 +140,10 @@ def test_a_compiled_step_is_one_graph(model_of: Any, monkeypatch: pytest.MonkeyP
     with deltakv.apply(model, deltakv.Delta(**SMALL | {"min_context": 100}, plan="WSRWRF")) as handle:
         end, _ = an_end(model, batch)
         handle.stats.reset()
-        plain, want = greedy(model, batch, 20, eos_token_id=end), counted(handle)
+        plain, want = greedy(model, batch, 20, eos_token_id=end), counts(handle)
         handle.stats.reset()
         compiled = greedy(model, batch, 20, eos_token_id=end, compile_config=config)
-        assert counted(handle) == want and want[2] > 0
+        assert counts(handle) == want and want[1] > 0
     assert counters["stats"]["unique_graphs"] == 1
     torch._dynamo.reset()
     assert torch.equal(compiled.logits, plain.logits)

@@ -29,9 +29,9 @@ class Trace:
 
     picks: for each SELECT layer one int tensor a position, its logical pages (all of them for a dense row); filled
         if `positions(picks=True)`.
-    recall: for each layer that attends to a pick or a window the mass of full attention inside it, mean over heads and positions;
-        filled if `positions(recall=True)`. A dense row's pick holds all of it; the mass of learned sinks does not
-        count.
+    recall: for each layer that attends to a pick or a window the mass of full attention inside it, mean over heads and
+        positions; filled if `positions(recall=True)`. A dense row's pick holds all of it; the mass of learned sinks
+        does not count.
     """
 
     picks: dict[int, list[Tensor]] = field(default_factory=dict)

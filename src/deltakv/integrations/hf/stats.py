@@ -74,7 +74,8 @@ class Statistics:
 
     own_pick: SELECT layers attend to what they pick.
     picks: while `record_picks` is on, for each step and SELECT layer (step, layer, pages int32 [rows, width], n_kept
-    int32 [rows]); what WINDOW layers attend to follows from lengths, and is not recorded. The counts are on the model's device until they are asked for.
+    int32 [rows]); what WINDOW layers attend to follows from lengths, and is not recorded. The counts are on the model's
+    device until they are asked for.
     """
 
     plan: LayerPlan

@@ -16,8 +16,9 @@ from deltakv.methods import Memory, Picks, Tally
 class Pick:
     """What a SELECT layer picked at a decode step, or what its WINDOW layers attend to.
 
-    layer: the index of the layer that made it. pages: the logical pages. block_table, seq_lens: the same as a compact table, shaped
-    like those of `Step`; only the last of a row's kept pages, the one of the current token, may be partly filled.
+    layer: the index of the layer that made it. pages: the logical pages. block_table, seq_lens: the same as a compact
+        table, shaped like those of `Step`; only the last of a row's kept pages, the one of the current token, may be
+        partly filled.
     looked_at: int32 [batch], what a layer that attends to its own pick reads beside it, in tokens' worth; None for one
         that attends to everything.
     """

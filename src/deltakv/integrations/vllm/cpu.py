@@ -1,7 +1,8 @@
 """vLLM's CPU attention with decode rows made sparse.
 
 Every output comes from vLLM's own kernel, so a row that keeps all its pages has stock bits: a REUSE or WINDOW
-layer gives the kernel a shorter block table, and a SELECT layer works out the softmax of its sparse rows once more, to score pages.
+layer gives the kernel a shorter block table, and a SELECT layer works out the softmax of its sparse rows once more, to
+score pages.
 """
 
 from __future__ import annotations
@@ -53,8 +54,8 @@ class SparseCPUMetadata(CPUAttentionMetadata):
     """vLLM's metadata of a step with sparse rows.
 
     shorten: vLLM's metadata anew, for another block table and other lengths. shortened: what the REUSE layers of each
-    SELECT layer run on, by its name, and what WINDOW layers do; made once for all of them, since the kernel's schedule
-    depends on the lengths.
+    SELECT layer run on, by its name, and what WINDOW layers do, under None; made once for all of them, since the
+    kernel's schedule depends on the lengths.
     """
 
     step: Step = field(kw_only=True)

@@ -14,14 +14,10 @@ from deltakv.ops import decode_attention_into, decode_attention_stats, narrow_ta
 from deltakv.plan import Role
 
 
-#: The name under which `DecodeStep.narrow` holds what WINDOW layers run on: no layer's.
-_WINDOW = ""
-
-
 @dataclass(frozen=True)
 class Narrow:
-    """What REUSE and WINDOW layers run on. table: int32 [rows, width]; lens: int32 [rows]; expected: tokens that all rows but
-    exceptions have at most."""
+    """What REUSE and WINDOW layers run on. table: int32 [rows, width]; lens: int32 [rows]; expected: tokens that all
+    rows but exceptions have at most."""
 
     table: Tensor
     lens: Tensor
@@ -37,7 +33,7 @@ class DecodeStep:
         captured batch, whose output is zeros. prompts: bool [rows], the token is the last of a prompt, and so attends
         to all before it. All three are written in place before each replay.
     picks: by the name of the SELECT layer, in logical pages. narrow: the same for the REUSE layers of this table; and
-        for its WINDOW layers, made by the first of them.
+        under None for its WINDOW layers, made by the first of them.
     """
 
     layout: NamedLayout
@@ -46,7 +42,7 @@ class DecodeStep:
     seq_lens: Tensor
     prompts: Tensor
     picks: dict[str, Picks] = field(default_factory=dict)
-    narrow: dict[str, Narrow] = field(default_factory=dict)
+    narrow: dict[str | None, Narrow] = field(default_factory=dict)
 
     @property
     def rows(self) -> int:
@@ -78,9 +74,9 @@ class DecodeStep:
             self.picks[layer] = self.selector.pick(SoftmaxStats(logits, peaks, lse, lens, self._page_size, across))
             return
         if role in (Role.REUSE, Role.WINDOW):
-            source = self.layout.sources.get(layer, _WINDOW)
+            source = self.layout.sources.get(layer)
             if source not in self.narrow:
-                picks = self._window() if role is Role.WINDOW else step_of(source).picks[source]
+                picks = self._window() if source is None else step_of(source).picks[source]
                 self.narrow[source] = self._narrowed(picks)
             narrow = self.narrow[source]
             table, lens, expected = narrow.table, narrow.lens, narrow.expected

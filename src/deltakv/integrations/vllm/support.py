@@ -135,7 +135,7 @@ def _no_pick_in_stage(
     )
     return PlanError(
         f"pipeline stage {stage} (layers {first} to {end - 1}) has the REUSE layer {layer} before any SELECT layer of "
-        f"its own, and picks do not travel between stages (plan: {plan}); make layer {layer} 'S', as in plan={letters}, or 'W'"
+        f"its own, and picks do not travel between stages (plan: {plan}); make layer {layer} 'S', as in plan={letters}"
     )
 
 
