@@ -85,6 +85,15 @@ def pick(
     return sorted(kept)
 
 
+def window(seq_len: int, page_size: int, budget_pages: int, sink_pages: int, min_context: int) -> list[int]:
+    """The pages that a WINDOW layer reads, ascending: sinks, and as many of the last ones as still fit the budget."""
+    n_pages = math.ceil(seq_len / page_size)
+    pages = list(range(n_pages))
+    if seq_len <= min_context or n_pages <= budget_pages:
+        return pages
+    return pages[:sink_pages] + pages[n_pages - (budget_pages - sink_pages) :]
+
+
 def picks_agree(got: Sequence[int], want: Sequence[int], scores: Sequence[float], tolerance: float) -> bool:
     """Whether two picks are the same up to the rounding of the scores.
 
@@ -114,8 +123,8 @@ class DenseRun:
     logits: [T, vocab], the model's dtype.
     picks: for each SELECT layer, one ascending list of logical pages a decode position (all pages if dense).
     scores: for each SELECT layer, the page scores behind each pick.
-    recall: for each REUSE layer, the share of full attention's mass on tokens that lies in the pick, the mean
-        over heads and decode positions. (A learned sink's mass is on no token and does not count.)
+    recall: for each REUSE or WINDOW layer, the share of full attention's mass on tokens that lies in what it reads,
+        the mean over heads and decode positions. (A learned sink's mass is on no token and does not count.)
     attended, full: tokens attended to, and tokens that full attention would have attended to, summed over
         decode positions and planned layers.
     """
@@ -135,7 +144,7 @@ class DenseDelta:
     decode position has its own mask is the same mathematics as decoding one token at a time.
 
     model: a stock model (Llama, Qwen2, Qwen3, Mistral, Phi3, OPT, gpt_oss, gemma3_text), in eval mode.
-    roles: one letter for each planned layer, F (full), S (select) or R (reuse). Layers that
+    roles: one letter for each planned layer, F (full), S (select), R (reuse) or W (window). Layers that
         `config.layer_types` calls "sliding_attention" keep their window and take no letter.
     budget, recent, sinks, min_context: in tokens, as in `deltakv.Delta`.
     """
@@ -230,6 +239,10 @@ class DenseDelta:
             everything = _softmax(logits, visible, s_aux)
             visible = self._reuse(visible)
             self._run.recall[layer] = self._recall(everything, visible)
+        if role == "W":
+            everything = _softmax(logits, visible, s_aux)
+            visible = self._cut(visible, self._windows(q.shape[1]))
+            self._run.recall[layer] = self._recall(everything, visible)
         if role is not None:
             decode = slice(self._start, None)
             self._run.attended += int(visible[decode].sum())
@@ -260,14 +273,21 @@ class DenseDelta:
         """The causal mask [T, T] with each decode position's row cut down to the last pick, but for those of
         `everything`."""
         assert self._last is not None, "REUSE before any SELECT"
+        return self._cut(causal, self._last, everything)
+
+    def _windows(self, end: int) -> list[list[int]]:
+        """What a WINDOW layer keeps at each decode position before `end`."""
+        budget, _, sinks, min_context = self.limits
+        return [window(at + 1, self.page_size, budget, sinks, min_context) for at in range(self._start, end)]
+
+    def _cut(self, causal: Tensor, kept: list[list[int]], everything: Sequence[bool] = ()) -> Tensor:
+        """The same, down to `kept`, the pages of each decode position."""
         visible = causal.clone()
-        for position, pages in zip(range(self._start, len(causal)), self._last, strict=True):
+        for position, pages in zip(range(self._start, len(causal)), kept, strict=True):
             if everything and everything[position - self._start]:
                 continue
-            kept = set(pages)
-            for page in range(math.ceil(len(causal) / self.page_size)):
-                if page not in kept:
-                    visible[position, page * self.page_size : (page + 1) * self.page_size] = False
+            for page in set(range(math.ceil(len(causal) / self.page_size))) - set(pages):
+                visible[position, page * self.page_size : (page + 1) * self.page_size] = False
         return visible
 
     def _recall(self, probabilities: Tensor, visible: Tensor) -> float:

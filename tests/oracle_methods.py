@@ -298,7 +298,8 @@ class DenseMethod(DenseDelta):
     """A method on a stock model by masks alone, as `DenseDelta`. options: those of its `Rule`, in tokens."""
 
     def __init__(self, model: Any, roles: str, algorithm: str, page_size: int = 16, **options: Any) -> None:
-        super().__init__(model, roles, budget=0, recent=0, sinks=0, page_size=page_size)
+        limits = {name: options.get(name, 0) for name in ("budget", "recent", "sinks", "min_context")}
+        super().__init__(model, roles, **limits, page_size=page_size)
         self.rule, self.options = RULES[algorithm], options
         self.due: dict[int, list[bool]] = {}
 

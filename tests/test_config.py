@@ -222,6 +222,24 @@ class TestByName:
         with pytest.raises(deltakv.PlanError, match="'h2o' evicts in each layer by itself, and layer 2 is REUSE"):
             parse("h2o:plan=FSRS").layer_plan(4)
 
+    @pytest.mark.parametrize("name", sorted(REGISTRY))
+    def test_windows_need_a_budget(self, name: str) -> None:
+        """Which methods may have WINDOW layers, and what is said where they may not."""
+        if name == "full":
+            return  # takes no plan
+        said = {
+            "streaming": "'streaming' has no budget that a WINDOW layer could read, and layer 1 is one; allowed are F",
+            "h2o": "'h2o' evicts in each layer by itself, and layer 1 is WINDOW; make it 'S'",
+            "a2sf": "'a2sf' evicts in each layer by itself, and layer 1 is WINDOW; make it 'S'",
+            "lazyeviction": "'lazyeviction' evicts in each layer by itself, and layer 1 is WINDOW; make it 'S'",
+        }
+        method = parse(f"{name}:plan=FWS")
+        if name in said:
+            with pytest.raises(deltakv.PlanError, match=said[name]):
+                method.layer_plan(3)
+        else:
+            assert str(method.layer_plan(3)) == "FWS"
+
     def test_from_options(self) -> None:
         assert from_options("delta", {"budget": 256, "recent": 32}) == deltakv.Delta(budget=256, recent=32)
         with pytest.raises(deltakv.ConfigError, match="algorithm"):

@@ -25,7 +25,7 @@ def test_letters() -> None:
     assert plan.reads_in_full == 4
 
 
-@given(st.text(alphabet="FSR", min_size=1, max_size=40))
+@given(st.text(alphabet="FSRW", min_size=1, max_size=40))
 def test_accepted_exactly_if_every_reuse_follows_a_select(letters: str) -> None:
     bad = "R" in letters and "S" not in letters[: letters.index("R")]
     try:
@@ -36,7 +36,13 @@ def test_accepted_exactly_if_every_reuse_follows_a_select(letters: str) -> None:
     else:
         assert not bad
         assert str(plan) == letters
-        by_layers = LayerPlan.from_layers(len(letters), full=plan.layers(Role.FULL), select=plan.layers(Role.SELECT))
+        assert plan.reads_in_full == letters.count("F") + letters.count("S")
+        by_layers = LayerPlan.from_layers(
+            len(letters),
+            full=plan.layers(Role.FULL),
+            select=plan.layers(Role.SELECT),
+            window=plan.layers(Role.WINDOW),
+        )
         assert by_layers == plan
 
 
@@ -48,12 +54,15 @@ def test_accepted_exactly_if_every_reuse_follows_a_select(letters: str) -> None:
         (lambda: LayerPlan.from_string("FFXSy"), r"the letters \['X', 'y'\]; allowed are F \(full\)"),
         (lambda: LayerPlan.from_string("ffs"), "the letters"),
         (lambda: LayerPlan.from_string("FR"), "layer 1 is REUSE, but no layer before it is SELECT"),
+        (lambda: LayerPlan.from_string("WR"), "make layer 1 'F', 'S' or 'W', or put an 'S' before it"),
         (lambda: LayerPlan.from_layers(4, full=[0], select=[2]), "layer 1 is REUSE"),
         (lambda: LayerPlan.from_layers(4, full=[0, 1], select=[1, 2]), r"layers \[1\] are named as full and as select"),
         (lambda: LayerPlan.from_layers(4, full=[0], select=[1, 4]), r"names layers \[4\], but the model has 4 layers"),
         (lambda: LayerPlan.from_layers(4, select=[-1, 0]), r"names layers \[-1\]"),
+        (lambda: LayerPlan.from_layers(4, select=[0], window=[4]), r"names layers \[4\]"),
+        (lambda: LayerPlan.from_layers(4, select=[0, 1], window=[1, 2]), r"\[1\] are named as select and as window"),
     ],
-    ids=range(9),
+    ids=range(12),
 )
 def test_refused(make: Any, message: str) -> None:
     with pytest.raises(deltakv.PlanError, match=message):
@@ -115,6 +124,8 @@ class TestFiles:
         assert LayerPlan.load(path) == paper(28)
         path.write_text('{"depth": 3, "select": [0]}')
         assert str(LayerPlan.load(path)) == "SRR"
+        path.write_text('{"depth": 6, "full": [3], "select": [2], "window": [0, 1, 4]}')
+        assert str(LayerPlan.load(path)) == "WWSFWR"
 
     @pytest.mark.parametrize(
         ("content", "message"),
@@ -127,6 +138,8 @@ class TestFiles:
             (b'{"plan": 3}', 'must hold {"plan"'),
             (b'{"depth": 3}', 'must hold {"plan"'),
             (b'{"depth": 3, "select": 0}', 'must hold {"plan"'),
+            (b'{"depth": 3, "window": [0, 1, 2]}', 'must hold {"plan"'),
+            (b'{"depth": 3, "select": [], "window": 0}', 'must hold {"plan"'),
             (b'{"depth": 3, "select": ["0"]}', "must hold|names layers"),
             (b'{"depth": 3, "select": [3]}', "names layers"),
             (b'{"plan": "FRS"}', "layer 1 is REUSE"),

@@ -9,8 +9,8 @@ import enum
 from dataclasses import dataclass
 from typing import ClassVar
 
-from deltakv.errors import ConfigError
-from deltakv.plan import LayerPlan, PlanSpec, resolve
+from deltakv.errors import ConfigError, PlanError
+from deltakv.plan import LayerPlan, PlanSpec, Role, resolve
 
 PAGE_SIZES = (16, 32, 64, 128)
 
@@ -32,8 +32,8 @@ class Method:
     plan: a `LayerPlan`, a preset's name, one letter a layer, a file, or None for the method's own default by depth.
     sees: what its SELECT layers pick by. remembers: whether a pick outlives its step, so that rows have a past of
         queries beside that of K and V. evicts: whether pages that were dropped once never come back. by_head: whether
-        the pick needs what each head sees apart, and so all heads in one place. default_plan: the preset that
-        `plan=None` means.
+        the pick needs what each head sees apart, and so all heads in one place. windows: whether layers of its plan may
+        be WINDOW, which takes a fixed budget. default_plan: the preset that `plan=None` means.
     """
 
     algorithm: ClassVar[str]
@@ -41,6 +41,7 @@ class Method:
     remembers: ClassVar[bool] = False
     evicts: ClassVar[bool] = False
     by_head: ClassVar[bool] = False
+    windows: ClassVar[bool] = False
     default_plan: ClassVar[str | None] = None
 
     page_size: int = 16
@@ -51,8 +52,15 @@ class Method:
             raise ConfigError(f"page_size={self.page_size!r} is not one of {PAGE_SIZES}")
 
     def layer_plan(self, depth: int) -> LayerPlan:
-        """The plan for a model with `depth` layers to plan. Raises `PlanError` if there is none."""
-        return resolve(self.default_plan if self.plan is None else self.plan, depth)
+        """The plan for a model with `depth` layers to plan. Raises `PlanError` if there is none, or not for this
+        method."""
+        plan = resolve(self.default_plan if self.plan is None else self.plan, depth)
+        if not self.windows and (layers := plan.layers(Role.WINDOW)):
+            raise PlanError(
+                f"method {self.algorithm!r} has no budget that a WINDOW layer could read, and layer {layers[0]} is "
+                f"one; allowed are F, S and R (plan: {plan})"
+            )
+        return plan
 
     @property
     def attends_to_own_pick(self) -> bool:
@@ -60,7 +68,7 @@ class Method:
         return self.sees is not Sees.SOFTMAX or self.remembers
 
     def kept_pages(self, length: int) -> int:
-        """Pages that a REUSE layer reads of a row of `length` tokens; all, unless the method says less."""
+        """Pages that a REUSE or WINDOW layer reads of a row of `length` tokens; all, unless the method says less."""
         return -(-length // self.page_size)
 
     def keeps_all(self, length: int) -> bool:
@@ -124,12 +132,15 @@ class Full(Method):
 class Budgeted(Method):
     """What methods share that keep sinks, recent tokens and the best of the rest.
 
-    budget: tokens that a sparse layer attends to, sinks and recent ones included.
+    budget: tokens that a sparse layer attends to, sinks and recent ones included. A WINDOW layer attends to as many:
+        the sinks, and no others than recent ones.
     recent: the last tokens, always kept; at least one page, that of the current token.
     sinks: the first tokens, always kept; may be 0.
     min_context: a row of at most that many tokens stays dense.
     `budget`, `recent` and `sinks` are multiples of `page_size`. Raises `ConfigError` if they do not hold together.
     """
+
+    windows: ClassVar[bool] = True
 
     budget: int = 1024
     recent: int = 16
@@ -167,7 +178,7 @@ class Budgeted(Method):
 class Delta(Budgeted):
     """DELTA (arXiv 2510.09883): Δ-layers attend in full and pick the pages that all later layers attend to.
 
-    budget: tokens a REUSE layer attends to, sinks and recent ones included.
+    budget: tokens a REUSE or WINDOW layer attends to, sinks and recent ones included.
     recent: the last tokens, always kept; at least one page.
     sinks: the first tokens, always kept; may be 0 (as in the paper).
     min_context: a row of at most that many tokens stays dense, because there sparse gains nothing.

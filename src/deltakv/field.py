@@ -179,7 +179,8 @@ class Evicting(Budgeted):
 
     lag: the steps from one eviction to the next, and before the first, since nothing is known of a prompt; at least 1.
         Between evictions a layer holds up to that many tokens more than `budget`.
-    Every layer either SELECTs or is FULL, and then keeps everything: there is no pick to reuse.
+    Every layer either SELECTs or is FULL, and then keeps everything: there is no pick to reuse, and a WINDOW would hold
+    what it never reads again.
     """
 
     remembers: ClassVar[bool] = True
@@ -197,11 +198,12 @@ class Evicting(Budgeted):
 
     def layer_plan(self, depth: int) -> LayerPlan:
         plan = super().layer_plan(depth)
-        if reusing := plan.layers(Role.REUSE):
-            raise PlanError(
-                f"method {self.algorithm!r} evicts in each layer by itself, and layer {reusing[0]} is REUSE; "
-                f"make it 'S' (evicts) or 'F' (keeps everything) (plan: {plan})"
-            )
+        for role in (Role.REUSE, Role.WINDOW):
+            if layers := plan.layers(role):
+                raise PlanError(
+                    f"method {self.algorithm!r} evicts in each layer by itself, and layer {layers[0]} is {role.name}; "
+                    f"make it 'S' (evicts) or 'F' (keeps everything) (plan: {plan})"
+                )
         return plan
 
     def kept_pages(self, length: int) -> int:

@@ -7,6 +7,7 @@ in hybrids (Gemma-3, gpt-oss) the layers with a sliding window stay as they are 
 from __future__ import annotations
 
 import enum
+import itertools
 import json
 import os
 from collections.abc import Iterable
@@ -24,13 +25,14 @@ class Role(enum.Enum):
     FULL = "F"  #: attends to the whole cache
     SELECT = "S"  #: attends to the whole cache and picks pages (the paper's Δ-layer)
     REUSE = "R"  #: attends to the last pick alone
+    WINDOW = "W"  #: attends to the first tokens and the latest ones alone, as many as a pick has; ends no pick's reuse
 
 
 @dataclass(frozen=True)
 class LayerPlan:
     """One role a layer.
 
-    roles: a tuple of `Role`, at least one. A REUSE needs a SELECT somewhere before it.
+    roles: a tuple of `Role`, at least one. A REUSE needs a SELECT somewhere before it; a WINDOW needs nothing.
     made_for: the `model_fingerprint` of the model that it was calibrated on, or None.
     Raises `PlanError` if that does not hold.
     """
@@ -47,33 +49,41 @@ class LayerPlan:
             if role is Role.REUSE and not seen_select:
                 raise PlanError(
                     f"layer {index} is REUSE, but no layer before it is SELECT, so there is no pick to reuse; "
-                    f"make layer {index} 'F' or 'S', or put an 'S' before it (plan: {self})"
+                    f"make layer {index} 'F', 'S' or 'W', or put an 'S' before it (plan: {self})"
                 )
 
     @classmethod
     def from_string(cls, letters: str) -> LayerPlan:
-        """`"FFSRRR"` to a plan. Raises `PlanError` for letters other than F, S and R."""
+        """`"FFSRRR"` to a plan. Raises `PlanError` for letters other than F, S, R and W."""
         wrong = sorted(set(letters) - {role.value for role in Role})
         if wrong:
-            raise PlanError(f"plan {letters!r} has the letters {wrong}; allowed are F (full), S (select), R (reuse)")
+            raise PlanError(
+                f"plan {letters!r} has the letters {wrong}; allowed are F (full), S (select), R (reuse), W (window)"
+            )
         return cls(tuple(Role(letter) for letter in letters))
 
     @classmethod
-    def from_layers(cls, depth: int, *, full: Iterable[int] = (), select: Iterable[int]) -> LayerPlan:
-        """The plan of `depth` layers in which `full` and `select` name the layers (from 0), and all others REUSE."""
-        full, select = set(full), set(select)
-        if both := full & select:
-            raise PlanError(f"layers {sorted(both)} are named as full and as select; name each once")
-        if outside := {i for i in full | select if not 0 <= i < depth}:
+    def from_layers(
+        cls, depth: int, *, full: Iterable[int] = (), select: Iterable[int], window: Iterable[int] = ()
+    ) -> LayerPlan:
+        """The plan of `depth` layers in which `full`, `select` and `window` name layers (from 0); all others REUSE."""
+        named = {Role.FULL: set(full), Role.SELECT: set(select), Role.WINDOW: set(window)}
+        for one, other in itertools.combinations(named, 2):
+            if both := named[one] & named[other]:
+                raise PlanError(
+                    f"layers {sorted(both)} are named as {one.name.lower()} and as {other.name.lower()}; name each once"
+                )
+        role_of = {layer: role for role, layers in named.items() for layer in layers}
+        if outside := {i for i in role_of if not 0 <= i < depth}:
             raise PlanError(
                 f"the plan names layers {sorted(outside)}, but the model has {depth} layers to plan (0 to {depth - 1})"
             )
-        return cls(tuple(Role.FULL if i in full else Role.SELECT if i in select else Role.REUSE for i in range(depth)))
+        return cls(tuple(role_of.get(i, Role.REUSE) for i in range(depth)))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> LayerPlan:
-        """Reads a plan file: JSON with `plan` (letters), or with `depth`, `full` and `select` (lists of layers); and
-        with `made_for`, if it was calibrated."""
+        """Reads a plan file: JSON with `plan` (letters), or with `depth`, `full`, `select` and `window` (lists of
+        layers); and with `made_for`, if it was calibrated."""
         path = Path(path)
         try:
             data: Any = json.loads(path.read_text(encoding="utf-8"))
@@ -88,7 +98,8 @@ class LayerPlan:
                 made_for = data.get("made_for")
                 return replace(cls.from_string(data["plan"]), made_for=None if made_for is None else str(made_for))
             if isinstance(data, dict) and isinstance(data.get("depth"), int):
-                return cls.from_layers(data["depth"], full=data.get("full", []), select=data["select"])
+                full, window = data.get("full", []), data.get("window", [])
+                return cls.from_layers(data["depth"], full=full, select=data["select"], window=window)
         except (KeyError, TypeError):
             pass
         raise PlanError(
@@ -121,7 +132,7 @@ class LayerPlan:
     @property
     def reads_in_full(self) -> int:
         """How many layers read the whole cache at each step."""
-        return len(self.roles) - len(self.layers(Role.REUSE))
+        return len(self.layers(Role.FULL)) + len(self.layers(Role.SELECT))
 
 
 def model_fingerprint(config: Any) -> str:
@@ -224,7 +235,7 @@ def resolve(spec: PlanSpec, depth: int) -> LayerPlan:
     if spec is None:
         spec = DEFAULT_PRESET
     if not isinstance(spec, LayerPlan | str | os.PathLike):
-        raise PlanError(f"plan={spec!r} is not a LayerPlan, a preset's name, a string of F, S and R, or a file")
+        raise PlanError(f"plan={spec!r} is not a LayerPlan, a preset's name, a string of F, S, R and W, or a file")
     if isinstance(spec, str) and spec in PRESETS:
         return PRESETS[spec](depth)
     if spec == MEASURED:
@@ -241,7 +252,7 @@ def resolve(spec: PlanSpec, depth: int) -> LayerPlan:
     else:
         raise PlanError(
             f"plan {spec!r} is not a preset ({', '.join(sorted([*PRESETS, MEASURED]))}), not one letter a layer "
-            "(F, S, R) and not a file"
+            "(F, S, R, W) and not a file"
         )
     if len(plan) != depth:
         raise PlanError(

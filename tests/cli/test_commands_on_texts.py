@@ -176,6 +176,17 @@ def test_plan(run: Run, model_folder: str, tmp_path: Path) -> None:
     assert "REUSE" in result.out and "x faster" in result.out
 
 
+def test_plan_with_windows(run: Run, model_folder: str, tmp_path: Path) -> None:
+    json_file = tmp_path / "plan.json"
+    method = f"{SPARSE.partition(',plan')[0]},plan=WWSRWR"
+    result = run("plan", "--model", model_folder, "--method", method, "--context", "500", "--json", str(json_file))
+    assert result.code == 0, result.err
+    (entry,) = json.loads(json_file.read_text(encoding="utf-8"))["results"]
+    assert entry["attended_tokens"] == 500 + 5 * (64 - 12)
+    assert entry["kv_bytes_by_role"]["W"] * 2 == entry["kv_bytes_by_role"]["R"] * 3
+    assert "WINDOW" in result.out
+
+
 @pytest.mark.parametrize("command", ["generate", "compare", "inspect", "plan"])
 def test_help_has_an_example(run: Run, command: str) -> None:
     result = run(command, "--help")

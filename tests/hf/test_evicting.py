@@ -126,6 +126,25 @@ def test_going_back(model_of: Any, name: str) -> None:
         assert_close(again, torch.cat([fresh.logits[0, -1:], steps(model, row[100:], fresh.past_key_values)]))
 
 
+@pytest.mark.parametrize("plan", ["FSRRSR", "WFFFFW"])
+def test_its_cache_is_not_for_steps_that_share_pages(model_of: Any, plan: str) -> None:
+    """Layers have tables of their own there. Refused before anything runs, also where nothing has gone yet."""
+    model, row = model_of("llama"), tokens(130, seed=5)
+    with torch.no_grad():
+        with deltakv.apply(model, small("h2o", "llama")):
+            cache = model(row[None, :100]).past_key_values
+        with deltakv.apply(model, deltakv.Delta(budget=64, recent=16, min_context=0, plan=plan)) as handle:
+            with pytest.raises(deltakv.UnsupportedUseError, match="layers have pages of their own, and layer"):
+                model(row[None, 100:101], past_key_values=cache)
+            with handle.positions():
+                ours = model(row[None, 100:], past_key_values=cache).logits
+            again = model(row[None, :100]).past_key_values
+            with handle.positions():
+                assert_close(ours, model(row[None, 100:], past_key_values=again).logits)
+        with deltakv.apply(model, deltakv.Full()):
+            assert model(row[None, 100:101], past_key_values=cache).logits.isfinite().all()
+
+
 @pytest.mark.parametrize("name", EVICTING)
 def test_going_back_before_the_holes(model_of: Any, name: str) -> None:
     """Then nothing is missing, and new tokens lie where pages had gone."""

@@ -48,6 +48,22 @@ def test_the_paper_s_formula() -> None:
             assert (handle.stats.steps, handle.stats.rows, handle.stats.sparse_rows) == (1, 1, 1)
 
 
+def test_the_paper_s_formula_with_windows_first() -> None:
+    """A WINDOW layer counts as a REUSE one: 3 * len + 25 * 1024, whatever stands before a pick."""
+    model = deep_model(28)
+    method = deltakv.Delta(budget=1024, recent=128, sinks=16, plan="W" * 4 + "S" + "R" * 6 + "W" + "SFRR" + "R" * 12)
+    ids = tokens(2560).remainder(32)[None]
+    with deltakv.apply(model, method) as handle, torch.no_grad():
+        cache = model(ids).past_key_values
+        for step, length in enumerate(range(2561, 2569), 1):
+            handle.stats.reset()
+            model(torch.tensor([[7]]), past_key_values=cache)
+            assert handle.stats.attended_tokens == 3 * length + 25 * (1024 - 16 + step)
+            assert handle.stats.attended_tokens == 3 * length + 25 * method.kept_tokens(length)
+            assert handle.stats.full_tokens == 28 * length
+            assert (handle.stats.steps, handle.stats.rows, handle.stats.sparse_rows) == (1, 1, 1)
+
+
 def test_rows_at_or_below_min_context_attend_to_everything() -> None:
     """Dense and sparse rows in one batch: each counts what it read."""
     model = deep_model(6)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 PAGE, WIDTH, HEADS, KV_HEADS, DIM = 16, 24, 4, 2, 32
-ROLES = "FSRRSR"
+ROLES = "WFSRWRSRW"
 OPTIONS = {"budget": 64, "recent": 16, "sinks": 16, "min_context": 96}
 
 
@@ -61,10 +61,13 @@ def expected(q: Tensor, kv: Tensor, table: Tensor, lens: Tensor, prompts: Tensor
         if not length:
             continue
         pages = -(-length // PAGE)
-        kept = list(range(length))
+        kept = window = list(range(length))
+        if length > OPTIONS["min_context"] and pages > OPTIONS["budget"] // PAGE:
+            window = kept[: OPTIONS["sinks"]] + kept[(pages - (OPTIONS["budget"] - OPTIONS["sinks"]) // PAGE) * PAGE :]
         for index, role in enumerate(ROLES):
             stored = kv[index][table[row, :pages].long()].flatten(0, 1)[:length].repeat_interleave(2, 1)
-            tokens = kept if role == "R" and not prompts[row] else list(range(length))
+            tokens = kept if role == "R" else window if role == "W" else list(range(length))
+            tokens = list(range(length)) if prompts[row] else tokens
             keys, values = stored[tokens].split(DIM, dim=-1)
             weights = torch.softmax(torch.einsum("hd,thd->ht", q[index, row], keys) * DIM**-0.5, -1)
             outputs[index, row] = torch.einsum("ht,thd->hd", weights, values)
@@ -103,9 +106,10 @@ def replayed() -> None:
         marked[prompts] = True
         got, want = graph(*batch.values(), marked), expected(*batch.values(), marked)
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
-        if seed == 1:  # the rows are such that a pick shows
-            dense = expected(*batch.values(), torch.ones(8, dtype=torch.bool))
-            assert (got[2] - dense[2])[-1].abs().max() > 0.01 > (got[2] - dense[2])[:5].abs().max()
+        if seed == 1:  # the rows are such that a pick shows, and a window
+            far = got - expected(*batch.values(), torch.ones(8, dtype=torch.bool))
+            for layer in (ROLES.index("R"), ROLES.index("W")):
+                assert far[layer, -1].abs().max() > 0.01 > far[layer, :5].abs().max()
     print("as expected")
 
 
@@ -291,7 +295,7 @@ def figures() -> None:
                 want["decode_rows"] += 1
                 want["sparse_rows"] += left_out > 0
                 want["picks"] += (left_out > 0) * ROLES.count("S")
-                want["attended_tokens"] += length * len(ROLES) - left_out * PAGE * ROLES.count("R")
+                want["attended_tokens"] += length * len(ROLES) - left_out * PAGE * (ROLES.count("R") + ROLES.count("W"))
                 want["full_tokens"] += length * len(ROLES)
             shown.append(json.loads((folder / "worker.json").read_text())["decode_rows"])
             now[0] += 0.6

@@ -57,14 +57,14 @@ def test_where_all_pages_are_kept_it_is_stock(
     assert float((rows[0].logprobs[1] - alone[0].logprobs[1]).abs().max()) > 100 * CLOSE, "sparse changes something"
 
 
-@pytest.mark.parametrize("plan", ["FFSRRSRR", "FSRFRSSR"])
+@pytest.mark.parametrize("plan", ["FFSRRSRR", "FSRFRSSR", "WWSRWRSW"])
 def test_a_row_crosses_min_context(gpu: Driver, tiny: str, plan: str) -> None:
     options = {"budget": 64, "recent": 32, "sinks": 0, "min_context": 304, "plan": plan}
     ((row,),) = gpu.run(tiny, ask(LONG), settings=options)
     assert difference(row, by_transformers(tiny, deltakv.Delta(**options), LONG, len(row.tokens))) < CLOSE
 
 
-@pytest.mark.parametrize("plan", ["SRRRRR", "FSRRSR"])
+@pytest.mark.parametrize("plan", ["SRRRRR", "FSRRSR", "WSRWRW"])
 def test_layers_with_a_window_keep_it(gpu: Driver, windowed: str, plan: str) -> None:
     """Several block tables: a pick that was made on one is followed on the others."""
     options = {"budget": 64, "recent": 16, "sinks": 16, "min_context": 64, "plan": plan}

@@ -62,8 +62,13 @@ def test_without_settings_bits_are_stock(engines: Driver, tiny: str, stock_rows:
 
 @pytest.mark.parametrize(
     "settings",
-    [{"algorithm": "full"}, {**SPARSE, "budget": 512}, {"algorithm": "delta"}],
-    ids=["full", "budget covers the context", "below min_context"],
+    [
+        {"algorithm": "full"},
+        {**SPARSE, "budget": 512},
+        {"algorithm": "delta"},
+        {**SPARSE, "budget": 512, "plan": "WWFWWWFW"},
+    ],
+    ids=["full", "budget covers the context", "below min_context", "windows that cover it"],
 )
 def test_where_all_pages_are_kept_bits_are_stock(
     engines: Driver, tiny: str, stock_rows: list[Row], settings: dict[str, Any]
@@ -71,7 +76,7 @@ def test_where_all_pages_are_kept_bits_are_stock(
     assert_equal(engines.run(tiny, ask(LONG, MIDDLE, SHORT), settings=settings)[0], stock_rows)
 
 
-@pytest.mark.parametrize("plan", ["FFSRRSRR", "SRRRRRRR", "FSRFRSSR"])
+@pytest.mark.parametrize("plan", ["FFSRRSRR", "SRRRRRRR", "FSRFRSSR", "WWSRWRSW", "WWWWWFWW"])
 @pytest.mark.parametrize("page_size", [16, 32])
 def test_sparse_is_what_transformers_gives(
     engines: Driver, tiny: str, stock_rows: list[Row], plan: str, page_size: int
@@ -90,7 +95,7 @@ def test_min_context_and_the_default_plan_are_those_of_transformers(engines: Dri
     assert difference(row, by_transformers(tiny, deltakv.Delta(**options), LONG, len(row.tokens))) < CLOSE
 
 
-@pytest.mark.parametrize("plan", ["SRRRRR", "FSRRSR"])
+@pytest.mark.parametrize("plan", ["SRRRRR", "FSRRSR", "WSRWRW"])
 def test_layers_with_a_window_keep_it(engines: Driver, windowed: str, plan: str) -> None:
     """Plan letters count the layers without one; these lie in three block tables, and follow picks made on another."""
     options = {"budget": 64, "recent": 16, "sinks": 16, "min_context": 64, "plan": plan}
@@ -107,6 +112,15 @@ def test_a_mixed_batch_is_each_row_alone(engines: Driver, tiny: str, sparse_rows
     )  # fmt: skip
     for row, alone in zip([*rows[0], *rows[1]], [*sparse_rows, sparse_rows[2], *sparse_rows[:2]], strict=True):
         assert difference(row, alone) < CLOSE
+
+
+def test_a_mixed_batch_with_windows_is_each_row_alone(engines: Driver, tiny: str) -> None:
+    settings = {**SPARSE, "plan": "WWSRWRSW"}
+    alone = [rows[0] for rows in engines.run(tiny, ask(LONG), ask(MIDDLE), ask(SHORT), settings=settings)]
+    ((row, late, short),) = engines.run(
+        tiny, ask(LONG, MIDDLE, SHORT), settings=settings, max_num_batched_tokens=64, enable_prefix_caching=False
+    )
+    assert max(difference(*pair) for pair in zip((row, late, short), alone, strict=True)) < CLOSE
 
 
 def test_a_decode_row_behind_a_prompt(engines: Driver, tiny: str, sparse_rows: list[Row]) -> None:

@@ -27,7 +27,8 @@ class LayerCost:
             return min(length, self.window)
         if self.role == Role.SELECT.value:
             return method.select_tokens(length)
-        return method.kept_tokens(length) if self.role == Role.REUSE.value else length
+        in_part = self.role in (Role.REUSE.value, Role.WINDOW.value)
+        return method.kept_tokens(length) if in_part else length
 
 
 @dataclass(frozen=True)

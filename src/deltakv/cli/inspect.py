@@ -67,7 +67,7 @@ def inspect(
     options.write_json(
         json_file, {**provenance(loaded.model), "model": loaded.name, "text": text_name, **record.numbers()}
     )
-    print("attention mass inside the pick, by REUSE layer (1 is all of it):")
+    print("attention mass inside the pick or window, by layer (1 is all of it):")
     for layer, share in record.recall.items():
         print(f"layer {layer:3}  recall {share:.3f}  {'#' * round(share * 40)}")
     print(f"picture: {out}\npage: {page}\n{_measured(config, model)}")

@@ -25,7 +25,8 @@ Model = Annotated[
 METHOD_HELP = (
     "delta, full, quest, streaming, tidal, lessismore, tactic, tokenselect, refreshkv, h2o, a2sf, "
     "lazyeviction or indexcache; options follow, as in "
-    "delta:budget=512 (also recent, sinks, page_size, min_context, plan; the README has the others)."
+    "delta:budget=512 (also recent, sinks, page_size, min_context, plan: a letter a layer, F full, S "
+    "select, R reuse, W sinks and recent; the README has the others)."
 )
 OneMethod = Annotated[str, typer.Option("--method", help=METHOD_HELP)]
 TextFile = Annotated[

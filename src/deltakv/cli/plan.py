@@ -15,7 +15,13 @@ from deltakv.errors import InputError
 if TYPE_CHECKING:
     from deltakv.offload.config import Host
 
-ROLE_NAMES = {"F": "FULL", "S": "SELECT (Δ)", "R": "REUSE", "window": "sliding window"}
+ROLE_NAMES = {
+    "F": "FULL",
+    "S": "SELECT (Δ)",
+    "R": "REUSE",
+    "W": "WINDOW (sinks, recent)",
+    "window": "sliding window",
+}
 
 
 def plan(

@@ -28,8 +28,8 @@ class Fidelity:
     kl_mean, kl_p99: KL(full || method) in nats. top1: share of positions with the same most likely token.
     perplexity: of the text under the method.
     attended_tokens: summed over layers, mean over positions; None for stock attention, which does not count.
-    recall_by_layer: mean over heads and positions of full attention's mass inside the pick, by layer index,
-    REUSE layers only.
+    recall_by_layer: mean over heads and positions of full attention's mass inside the pick or window, by layer index,
+    of layers that attend to one.
     """
 
     positions: int

@@ -38,6 +38,7 @@ from deltakv.methods.streaming import StreamingSelector
 from deltakv.methods.tactic import TacticSelector
 from deltakv.methods.tidal import TidalSelector
 from deltakv.methods.tokenselect import TokenSelectSelector
+from deltakv.methods.unscored import window_of
 from deltakv.plan import LayerPlan, load_settings, model_fingerprint
 from deltakv.plans import MEASURED, measured_plan
 
@@ -175,4 +176,5 @@ __all__ = [
     "parse",
     "register",
     "selector",
+    "window_of",
 ]

@@ -9,20 +9,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from deltakv.field import StreamingLLM
 from deltakv.methods.base import Lengths, Picks
-from deltakv.ops import select_pages
+from deltakv.methods.unscored import first_and_latest
 
 
 @dataclass(frozen=True)
 class StreamingSelector:
-    """The first pages and the last ones: a budget of just these, so that nothing is left to score."""
+    """The first pages and the last ones."""
 
     config: StreamingLLM
 
     def pick(self, seen: Lengths) -> Picks:
-        recent, sinks = self.config.recent_pages, self.config.sink_pages
-        scores = torch.zeros((len(seen.seq_lens), seen.width), device=seen.seq_lens.device)
-        return Picks(*select_pages(scores, seen.seq_lens, seen.page_size, recent + sinks, recent, sinks, 0))
+        return first_and_latest(seen, self.config.sink_pages, self.config.recent_pages)

@@ -19,7 +19,7 @@ COLUMNS = 4
 
 
 def picks_plot(record: PickRecord, model: str, path: Path) -> None:
-    """Pages over steps for each SELECT layer, and the recall of the layers that reuse the picks."""
+    """Pages over steps for each SELECT layer, and the recall of the layers that read a part: by a pick, or a window."""
     from matplotlib.patches import Patch
 
     layers = list(record.picks)
@@ -98,5 +98,7 @@ def _recall_panel(axis: Any, recall: dict[int, float], select: Sequence[int]) ->
     axis.set_xlim(-0.7, max([*layers, *select]) + 0.7)
     axis.set_xlabel("layer (those without a bar attend to everything)")
     axis.set_ylabel("recall")
-    axis.set_title("Share of full attention's mass that the reused pick holds", fontsize=11, loc="left", color=INK)
+    axis.set_title(
+        "Share of full attention's mass that the reused pick (or the window) holds", fontsize=11, loc="left", color=INK
+    )
     axis.spines[["top", "right"]].set_visible(False)

@@ -78,7 +78,7 @@ def comparison_table(results: Sequence[dict[str, Any]]) -> Table:
         )
     table.caption = (
         "attended: tokens a step and row, over all layers · KL: nats, from full attention · "
-        "recall: full attention's mass inside the pick, mean of the REUSE layers · peak: a fresh process"
+        "recall: full attention's mass inside the pick, mean of the layers that read a part · peak: a fresh process"
     )
     table.caption_justify = "left"
     return table

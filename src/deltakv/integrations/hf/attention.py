@@ -40,7 +40,8 @@ class _Inference(torch.autograd.Function):
 class PagedAttention:
     """Attention of the planned layers through the paged cache; all other calls go to the model's own function.
 
-    roles: the role of each planned layer, by its index in the model. selecting: what its SELECT layers do.
+    roles: the role of each planned layer, by its index in the model. selecting: what its SELECT and WINDOW layers
+        do.
     original: the name of the attention implementation that the model had.
     recompute: by layer, how K and V are made from its input again; for a cache in host memory.
     """
@@ -138,6 +139,9 @@ class PagedAttention:
         if role is Role.REUSE:
             assert step.pick is not None, "a plan has a SELECT layer before any REUSE layer"
             table, lens = step.pick.on(query.device)
+            return decode_attention(query, k_pool, v_pool, table, lens, scale, sinks)
+        if role is Role.WINDOW:
+            table, lens = self.selecting.window(step, layer, query.device).on(query.device)
             return decode_attention(query, k_pool, v_pool, table, lens, scale, sinks)
         if role is Role.SELECT:
             known = self.cache.state.known

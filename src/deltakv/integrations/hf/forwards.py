@@ -47,6 +47,7 @@ class Forwards:
         self._attention, self._stats = attention, stats
         self._new_cache, self._check_cache, self._in_host = new_cache, check_cache, in_host
         self._select = [layer for layer, role in attention.roles.items() if role is Role.SELECT]
+        self._sharing = [layer for layer, role in attention.roles.items() if role in (Role.REUSE, Role.WINDOW)]
         self._cache: weakref.ref[PagedCache] | None = None
         self.fused: list[Fused] = []
 
@@ -131,6 +132,11 @@ class Forwards:
         if isinstance(cache, EvictingCache):
             cache.gives_up = self._method.evicts and self._attention.positions is None
             cache.check_layers(self._select if cache.gives_up else [])
+            if self._sharing and width == 1 and cache.state.seen and self._attention.positions is None:
+                raise UnsupportedUseError(
+                    f"this cache is of a method that evicts, whose layers have pages of their own, and layer "
+                    f"{self._sharing[0]} would attend to pages that another layer names; use handle.new_cache()"
+                )
         step = cache.begin(batch, width, mask)
         if not self._in_host and step.onto_past:
             self._prepare(cache, step.block_table.shape[2])
@@ -211,4 +217,5 @@ class Forwards:
 def _counts(step: Step) -> tuple[list[Tensor], list[Tensor]]:
     """What a `Meter` adds up of a decode step: the tokens of each pick, and what was read to pick it."""
     looked_at = [pick.looked_at for pick in step.picks if pick.looked_at is not None]
-    return [pick.seq_lens[:, 0] for pick in step.picks], looked_at
+    window = [] if step.window is None else [step.window]
+    return [pick.seq_lens[:, 0] for pick in (*window, *step.picks)], looked_at

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deltakv.config import Method, Sees
-from deltakv.methods import Lengths, Memory, PageBounds, Picks, SoftmaxStats, Tally, listed
+from deltakv.methods import Lengths, Memory, PageBounds, Picks, SoftmaxStats, Tally, listed, marked, window_of
 from deltakv.ops import chunk_attention, chunk_logits, page_masses
 from deltakv.plan import Role
 
@@ -29,9 +29,9 @@ class Trace:
 
     picks: for each SELECT layer one int tensor a position, its logical pages (all of them for a dense row); filled
         if `positions(picks=True)`.
-    recall: for each layer that attends to a pick the mass of full attention inside it, mean over heads and positions;
-        filled if `positions(recall=True)`. A dense row's pick holds all of it; the mass of learned sinks does not
-        count.
+    recall: for each layer that attends to a pick or a window the mass of full attention inside it, mean over heads and
+        positions; filled if `positions(recall=True)`. A dense row's pick holds all of it; the mass of learned sinks
+        does not count.
     """
 
     picks: dict[int, list[Tensor]] = field(default_factory=dict)
@@ -41,12 +41,14 @@ class Trace:
 @dataclass
 class _Seen:
     """What one forward has seen so far. kept_tokens: by SELECT layer, the tokens of each position's pick, by block;
-    looked_at: likewise, what a layer that attends to its pick reads beside it; recall: by layer, the sum over heads and
-    positions, and how many they are."""
+    looked_at: likewise, what a layer that attends to its pick reads beside it; windows: by row, the pages that its
+    positions keep in WINDOW layers, and the tokens on them; recall: by layer, the sum over heads and positions, and how
+    many they are."""
 
     kept_tokens: dict[int, list[Tensor]] = field(default_factory=dict)
     looked_at: dict[int, list[Tensor]] = field(default_factory=dict)
     picks: dict[int, list[Tensor]] = field(default_factory=dict)
+    windows: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     recall: dict[int, tuple[float, int]] = field(default_factory=dict)
 
 
@@ -64,8 +66,8 @@ class Positions:
         self._step = _Seen()
 
     def commit(self) -> tuple[list[Tensor], list[Tensor]]:
-        """The forward came through: what it saw counts. Returns the tokens of each position's pick, one int32
-        [positions] a SELECT layer, in order; and what `Meter.add` wants as `looked_at`."""
+        """The forward came through: what it saw counts. Returns what `Meter.add` wants as `kept_tokens` and as
+        `looked_at`, each position a row."""
         step, self._step = self._step, _Seen()
         for layer, picks in step.picks.items():
             self.trace.picks.setdefault(layer, []).extend(picks)
@@ -74,7 +76,9 @@ class Positions:
             self._recall[layer] = (old_mass + mass, old_count + count)
             self.trace.recall[layer] = self._recall[layer][0] / self._recall[layer][1]
         kept, looked_at = step.kept_tokens, step.looked_at
-        return [torch.cat(kept[at]) for at in sorted(kept)], [torch.cat(looked_at[at]) for at in sorted(looked_at)]
+        kept_tokens = [torch.cat([tokens for _, tokens in step.windows.values()])] if step.windows else []
+        kept_tokens += [torch.cat(kept[at]) for at in sorted(kept)]
+        return kept_tokens, [torch.cat(looked_at[at]) for at in sorted(looked_at)]
 
     def abort(self) -> None:
         """The forward failed: forgets what it saw."""
@@ -104,6 +108,8 @@ class Positions:
                 visible = kept | everything[:, None]
         elif role is Role.REUSE:
             kept = visible = self._kept[row].to(q.device)
+        elif role is Role.WINDOW:
+            kept = visible = self._window(row, len(q), len(k), q.device)
         if visible is not None and kept is not None and self._want_recall:
             self._add_recall(layer, q, k, scale, sinks, kept)
         return chunk_attention(q, k, v, scale, sinks, visible, self._page_size), memory
@@ -130,12 +136,8 @@ class Positions:
                 everything[start:stop] = due & (self._method.sees is Sees.SOFTMAX)
             else:
                 picks = self._selector.pick(seen)
-            column = torch.arange(picks.pages.shape[1], device=q.device)
-            listed = column < picks.n_kept[:, None]
-            rows = torch.arange(start, stop, device=q.device)[:, None].expand_as(listed)
-            kept[rows[listed], picks.pages.long()[listed]] = True
-            missing = -seq_lens % self._page_size
-            kept_tokens = picks.n_kept * self._page_size - missing
+            kept[start:stop] = marked(picks, width)
+            kept_tokens = self._tokens_on(picks, seq_lens)
             self._step.kept_tokens.setdefault(layer, []).append(kept_tokens)
             if self._method.attends_to_own_pick:
                 looked_at = self._looked_at(seq_lens, kept_tokens)
@@ -143,6 +145,20 @@ class Positions:
         if self._want_picks:
             self._step.picks.setdefault(layer, []).extend(row.nonzero().flatten().cpu() for row in kept)
         return kept, everything, memory
+
+    def _window(self, row: int, m: int, tokens: int, device: torch.device) -> Tensor:
+        """bool [m, n_pages]: the pages that the last m of a row's `tokens` positions keep in WINDOW layers; made once a
+        forward."""
+        if row not in self._step.windows:
+            seq_lens = torch.arange(tokens - m + 1, tokens + 1, dtype=torch.int32, device=device)
+            width = -(-tokens // self._page_size)
+            picks = window_of(self._method, Lengths(seq_lens, self._page_size, width))
+            self._step.windows[row] = marked(picks, width), self._tokens_on(picks, seq_lens)
+        return self._step.windows[row][0].to(device)
+
+    def _tokens_on(self, picks: Picks, seq_lens: Tensor) -> Tensor:
+        """int32 [rows]: only the last page, which each pick holds, may be partly filled."""
+        return picks.n_kept * self._page_size - -seq_lens % self._page_size
 
     def _look(self, q: Tensor, k: Tensor, scale: float, sinks: Tensor | None, seq_lens: Tensor) -> Any:
         """What the positions' selector sees; q and k end with the last of them."""

@@ -1,4 +1,5 @@
-"""What a SELECT layer does at a decode step: attends, and picks, in the order that the method's config says."""
+"""What a SELECT layer does at a decode step: attends, and picks, in the order that the method's config says. And what
+WINDOW layers attend to, which nobody has to pick."""
 
 from __future__ import annotations
 
@@ -11,12 +12,12 @@ from torch import Tensor
 from deltakv.config import Method, Sees
 from deltakv.integrations.hf.known import Known
 from deltakv.integrations.hf.step import Pick, Step
-from deltakv.methods import Lengths, PageBounds, Picks, SoftmaxStats, listed
+from deltakv.methods import Lengths, PageBounds, Picks, SoftmaxStats, listed, window_of
 from deltakv.ops import decode_attention, decode_attention_stats, page_masses
 
 
 class Selecting:
-    """The SELECT layers of a method; one token a row.
+    """The SELECT and WINDOW layers of a method; one token a row.
 
     method, selector: the config and what carries it out.
     """
@@ -65,6 +66,18 @@ class Selecting:
         pick = _pick(layer, self.selector.pick(seen), table, lens, page_size, looked_at)
         step.picked(pick)
         return decode_attention(query, k_pool, v_pool, pick.block_table, pick.seq_lens, scale, sinks)
+
+    def window(self, step: Step, layer: int, device: torch.device) -> Pick:
+        """What the WINDOW layers of a step attend to: made by the first of them, `layer`, for all."""
+        if step.window is None:
+            table, lens = step.on(device, "block_table"), step.on(device, "seq_lens")
+            page_size, width = self.method.page_size, table.shape[2]
+            if self.method.keeps_all(width * page_size):
+                step.window = _everything(layer, table, lens, page_size)
+            else:
+                seen = Lengths(lens[:, 0], page_size, width)
+                step.window = _pick(layer, window_of(self.method, seen), table, lens, page_size)
+        return step.window
 
     def _remembering(
         self,

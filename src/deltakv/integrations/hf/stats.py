@@ -15,31 +15,34 @@ from deltakv.plan import LayerPlan, Role
 class Meter:
     """Counts of one batch, added up on its device; a forward that counts can be one CUDA graph.
 
-    plan: what is counted for. own_pick: its SELECT layers attend to what they pick. counts: int64 [4 + SELECT layers,
-    rows]: steps; those in which the row took part; those in which it was sparse; tokens of the row; and the pick of
-    each SELECT layer. With own_pick a row more: what SELECT layers read beside their pick, in tokens' worth.
+    plan: what is counted for. own_pick: its SELECT layers attend to what they pick. counts: int64 [4 + picks, rows]:
+    steps; those in which the row took part; those in which it was sparse; tokens of the row; what WINDOW layers attend
+    to, if there are any; and the pick of each SELECT layer. With own_pick a row more: what SELECT layers read beside
+    their pick, in tokens' worth.
     """
 
     def __init__(
         self, plan: LayerPlan, rows: int, device: torch.device, *, static: bool = False, own_pick: bool = False
     ) -> None:
-        selects = plan.layers(Role.SELECT)
+        selects, windows = plan.layers(Role.SELECT), plan.layers(Role.WINDOW)
         ends = [*selects, len(plan)][1:]
         self._plan = plan
         self._own_pick = own_pick and bool(selects)
-        self._attending = [
+        self._attending = [len(windows)] if windows else []
+        self._attending += [
             self._own_pick + sum(plan.roles[layer] is Role.REUSE for layer in range(first, end))
             for first, end in zip(selects, ends, strict=True)
         ]
         with torch.inference_mode(False):  # made in inference mode, it could not be written outside of it
-            self.counts = torch.zeros((4 + len(selects) + self._own_pick, rows), dtype=torch.long, device=device)
+            counted = 4 + len(self._attending) + self._own_pick
+            self.counts = torch.zeros((counted, rows), dtype=torch.long, device=device)
         if static:
             mark_static(self.counts)
 
     def add(self, seq_lens: Tensor, kept_tokens: Sequence[Tensor], looked_at: Sequence[Tensor] = ()) -> None:
-        """One step. seq_lens: int32 [rows], 0 for a row that took no part; kept_tokens: one int32 [rows] a SELECT
-        layer, in order, the tokens of its pick; looked_at: with own_pick, likewise what the layer reads beside it. No
-        value is looked at, so it can be traced."""
+        """One step. seq_lens: int32 [rows], 0 for a row that took no part; kept_tokens: int32 [rows] each, the tokens
+        that WINDOW layers attend to, if there are any, and those of the pick of each SELECT layer, in order; looked_at:
+        with own_pick, what each SELECT layer reads beside its pick. No value is looked at, so it can be traced."""
         kept = [tokens.to(seq_lens.device) for tokens in kept_tokens]
         sparse = torch.zeros_like(seq_lens, dtype=torch.bool)
         for tokens, attending in zip(kept, self._attending, strict=True):
@@ -71,7 +74,8 @@ class Statistics:
 
     own_pick: SELECT layers attend to what they pick.
     picks: while `record_picks` is on, for each step and SELECT layer (step, layer, pages int32 [rows, width], n_kept
-    int32 [rows]). The counts are on the model's device until they are asked for.
+    int32 [rows]); what WINDOW layers attend to follows from lengths, and is not recorded. The counts are on the model's
+    device until they are asked for.
     """
 
     plan: LayerPlan
@@ -94,7 +98,7 @@ class Statistics:
 
     @property
     def sparse_rows(self) -> int:
-        """Row-steps in which a layer's pick was less than the whole row."""
+        """Row-steps in which a layer attended to less than the whole row."""
         return self._total("sparse_rows")
 
     @property

@@ -14,10 +14,11 @@ from deltakv.methods import Memory, Picks, Tally
 
 @dataclass(frozen=True)
 class Pick:
-    """What a SELECT layer picked at a decode step.
+    """What a SELECT layer picked at a decode step, or what its WINDOW layers attend to.
 
-    layer: the layer's index. pages: the logical pages. block_table, seq_lens: the same as a compact table, shaped
-    like those of `Step`; only the last of a row's kept pages, the one of the current token, may be partly filled.
+    layer: the index of the layer that made it. pages: the logical pages. block_table, seq_lens: the same as a compact
+        table, shaped like those of `Step`; only the last of a row's kept pages, the one of the current token, may be
+        partly filled.
     looked_at: int32 [batch], what a layer that attends to its own pick reads beside it, in tokens' worth; None for one
         that attends to everything.
     """
@@ -41,7 +42,8 @@ class Step:
     pages, offsets: int64 [tokens], where each new token is stored, row by row.
     block_table: int32 [batch, 1, width]; seq_lens: int32 [batch, 1], the new tokens included; 0 for a row that only
         keeps its place in the batch.
-    pick: what the last SELECT layer picked; picks: all of this step, in order.
+    pick: what the last SELECT layer picked; picks: all of this step, in order. window: what WINDOW layers attend to,
+        from the first of them on.
     memories: what SELECT layers remember from this step on, if it counts. noted: the bounds of the rows' last pages are
         known to include it.
     """
@@ -53,6 +55,7 @@ class Step:
     seq_lens: Tensor
     pick: Pick | None = None
     picks: list[Pick] = field(default_factory=list)
+    window: Pick | None = None
     memories: dict[int, Memory | Tally] = field(default_factory=dict)
     noted: bool = False
     _moved: dict[tuple[str, torch.device], Tensor] = field(default_factory=dict)

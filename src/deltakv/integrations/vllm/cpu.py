@@ -1,7 +1,8 @@
 """vLLM's CPU attention with decode rows made sparse.
 
-Every output comes from vLLM's own kernel, so a row that keeps all its pages has stock bits: a REUSE layer gives the
-kernel a shorter block table, and a SELECT layer works out the softmax of its sparse rows once more, to score pages.
+Every output comes from vLLM's own kernel, so a row that keeps all its pages has stock bits: a REUSE or WINDOW
+layer gives the kernel a shorter block table, and a SELECT layer works out the softmax of its sparse rows once more, to
+score pages.
 """
 
 from __future__ import annotations
@@ -53,20 +54,24 @@ class SparseCPUMetadata(CPUAttentionMetadata):
     """vLLM's metadata of a step with sparse rows.
 
     shorten: vLLM's metadata anew, for another block table and other lengths. shortened: what the REUSE layers of each
-    SELECT layer run on; made once for all of them, since the kernel's schedule depends on the lengths.
+    SELECT layer run on, by its name, and what WINDOW layers do, under None; made once for all of them, since the
+    kernel's schedule depends on the lengths.
     """
 
     step: Step = field(kw_only=True)
     shorten: Callable[[Tensor, Tensor], CPUAttentionMetadata] = field(kw_only=True)
-    shortened: dict[str, CPUAttentionMetadata] = field(default_factory=dict)
+    shortened: dict[str | None, CPUAttentionMetadata] = field(default_factory=dict)
 
-    def of_reuse(self, layer: str) -> CPUAttentionMetadata:
-        """What a REUSE layer runs on: its block table, with the last pick's pages alone in the sparse rows."""
-        source = self.step.layout.sources[layer]
+    def narrow(self, layer: str) -> CPUAttentionMetadata:
+        """What a REUSE or WINDOW layer runs on: its block table, with what it attends to alone in the sparse rows."""
+        source = self.step.layout.sources.get(layer)
         if source not in self.shortened:
-            selecting = get_forward_context().attn_metadata[source]  # itself, or that of another block table
+            if source is None:
+                picks = self.step.window()
+            else:  # of this metadata, or of another block table's
+                picks = get_forward_context().attn_metadata[source].step.picks[source]
             rows = self.step.rows
-            pages, tokens = narrowed(rows.block_table, rows.seq_lens, selecting.step.picks[source], self.step.page_size)
+            pages, tokens = narrowed(rows.block_table, rows.seq_lens, picks, self.step.page_size)
             table, lens = self.block_table.clone(), self.seq_lens.clone()
             table[rows.rows, : pages.shape[1]] = pages
             lens[rows.rows] = tokens
@@ -126,9 +131,9 @@ class SparseCPUImpl(CPUAttentionBackendImpl):
         step = attn_metadata.step if isinstance(attn_metadata, SparseCPUMetadata) else None
         role = None if step is None else step.layout.roles.get(layer.layer_name)
         runs_on = attn_metadata
-        if role is Role.REUSE:
+        if role in (Role.REUSE, Role.WINDOW):
             assert isinstance(attn_metadata, SparseCPUMetadata)
-            runs_on = attn_metadata.of_reuse(layer.layer_name)
+            runs_on = attn_metadata.narrow(layer.layer_name)
         out: Tensor = super().forward(
             layer, query, key, value, kv_cache, runs_on, output, output_scale, output_block_scale
         )

@@ -59,7 +59,8 @@ class Figures:
         self._worker, self._method, self._with_rows, self._seconds = worker, method, with_rows, seconds
         self._shown = float("-inf")
         self._kept = np.zeros(0, dtype=np.int64)  # pages by length, looked up: the method answers for one at a time
-        self._reusing, self._selecting = roles.count(Role.REUSE), roles.count(Role.SELECT)
+        self._sparse = roles.count(Role.REUSE) + roles.count(Role.WINDOW)
+        self._selecting = roles.count(Role.SELECT)
         self._layers = len(roles)
         self._logged = time.monotonic()
 
@@ -75,7 +76,7 @@ class Figures:
         counts.decode_rows += self._with_rows * len(tokens)
         counts.sparse_rows += self._with_rows * sparse
         counts.picks += sparse * self._selecting
-        counts.attended_tokens += total * self._layers - int(left_out.sum()) * page_size * self._reusing
+        counts.attended_tokens += total * self._layers - int(left_out.sum()) * page_size * self._sparse
         counts.full_tokens += total * self._layers
         self._publish()
 

@@ -9,15 +9,15 @@ from torch import Tensor
 
 from deltakv.integrations.vllm.layout import NamedLayout
 from deltakv.integrations.vllm.ranks import across_ranks
-from deltakv.methods import Picks, Selector, SoftmaxStats
+from deltakv.methods import Lengths, Picks, Selector, SoftmaxStats, window_of
 from deltakv.ops import decode_attention_into, decode_attention_stats, narrow_table
 from deltakv.plan import Role
 
 
 @dataclass(frozen=True)
 class Narrow:
-    """What REUSE layers run on. table: int32 [rows, width]; lens: int32 [rows]; expected: tokens that all rows but
-    exceptions have at most."""
+    """What REUSE and WINDOW layers run on. table: int32 [rows, width]; lens: int32 [rows]; expected: tokens that all
+    rows but exceptions have at most."""
 
     table: Tensor
     lens: Tensor
@@ -32,7 +32,8 @@ class DecodeStep:
     block_table: int32 [rows, width]; seq_lens: int32 [rows], the current token included; 0 for the padding of a
         captured batch, whose output is zeros. prompts: bool [rows], the token is the last of a prompt, and so attends
         to all before it. All three are written in place before each replay.
-    picks: by the name of the SELECT layer, in logical pages. narrow: the same for the REUSE layers of this table.
+    picks: by the name of the SELECT layer, in logical pages. narrow: the same for the REUSE layers of this table; and
+        under None for its WINDOW layers, made by the first of them.
     """
 
     layout: NamedLayout
@@ -41,7 +42,7 @@ class DecodeStep:
     seq_lens: Tensor
     prompts: Tensor
     picks: dict[str, Picks] = field(default_factory=dict)
-    narrow: dict[str, Narrow] = field(default_factory=dict)
+    narrow: dict[str | None, Narrow] = field(default_factory=dict)
 
     @property
     def rows(self) -> int:
@@ -72,13 +73,19 @@ class DecodeStep:
             across = across_ranks(self.layout.settings.tp_selection)
             self.picks[layer] = self.selector.pick(SoftmaxStats(logits, peaks, lse, lens, self._page_size, across))
             return
-        if role is Role.REUSE:
-            source = self.layout.sources[layer]
+        if role in (Role.REUSE, Role.WINDOW):
+            source = self.layout.sources.get(layer)
             if source not in self.narrow:
-                self.narrow[source] = self._narrowed(step_of(source).picks[source])
+                picks = self._window() if source is None else step_of(source).picks[source]
+                self.narrow[source] = self._narrowed(picks)
             narrow = self.narrow[source]
             table, lens, expected = narrow.table, narrow.lens, narrow.expected
         decode_attention_into(q, k_cache, v_cache, table[:, None], lens[:, None], scale, sinks, out, expected)
+
+    def _window(self) -> Picks:
+        """What WINDOW layers attend to, from lengths alone: on every block table, and on every rank, the same."""
+        width = self.block_table.shape[1]
+        return window_of(self.layout.settings.method, Lengths(self.seq_lens, self._page_size, width))
 
     def _narrowed(self, picks: Picks) -> Narrow:
         """A pick on this block table. It has room for whole rows: a graph replays for prompts' last tokens, too."""

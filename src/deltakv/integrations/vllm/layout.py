@@ -14,7 +14,7 @@ class Layout:
     """Roles by layer index.
 
     roles: of the planned layers, by their index in the whole model. sources: for each REUSE layer the SELECT layer
-    whose pick it attends to.
+    whose pick it attends to; WINDOW layers have none.
     """
 
     settings: Settings

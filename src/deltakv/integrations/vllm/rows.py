@@ -1,4 +1,4 @@
-"""Which rows of a batch are at a decode step, and which of these a REUSE layer reads in part."""
+"""Which rows of a batch are at a decode step, and which of these a REUSE or WINDOW layer reads in part."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def decode_rows(common: CommonAttentionMetadata) -> Tensor:
 
 
 def sparse_rows(common: CommonAttentionMetadata, decode: Tensor, method: Method) -> Rows:
-    """The decode rows of which a REUSE layer leaves pages out: the others keep them all, and need no pick.
+    """The decode rows of which a REUSE or WINDOW layer leaves pages out: the others keep them all, and need no pick.
 
     decode: as `decode_rows` gives it. For batches whose lengths are on the CPU.
     """

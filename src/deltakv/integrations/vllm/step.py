@@ -9,7 +9,7 @@ from torch import Tensor
 from deltakv.integrations.vllm.layout import NamedLayout
 from deltakv.integrations.vllm.ranks import across_ranks
 from deltakv.integrations.vllm.rows import Rows
-from deltakv.methods import Picks, Selector, SoftmaxStats
+from deltakv.methods import Lengths, Picks, Selector, SoftmaxStats, window_of
 
 
 @dataclass
@@ -28,6 +28,11 @@ class Step:
     @property
     def page_size(self) -> int:
         return self.layout.settings.method.page_size
+
+    def window(self) -> Picks:
+        """What WINDOW layers attend to, from the sparse rows' lengths alone."""
+        width = self.rows.block_table.shape[1]
+        return window_of(self.layout.settings.method, Lengths(self.rows.seq_lens, self.page_size, width))
 
     def pick(self, layer: str, logits: Tensor, peaks: Tensor, lse: Tensor) -> None:
         """A SELECT layer's pick, from the softmax of the sparse rows; arguments as in `SoftmaxStats`."""
