@@ -46,8 +46,13 @@ class SoftmaxStats:
         """Pages that the logits cover."""
         return self.logits.shape[1] * self.logits.shape[3] // self.page_size
 
-    def by_page(self, tokens: Tensor, pages_of: PagesOf) -> Tensor:
-        """fp32 [rows, pages] of a value a token, fp32 [rows, tokens], that is the largest over some heads."""
+    def by_page(self, tokens: Tensor, reduce: Callable[[Tensor, int], Tensor]) -> Tensor:
+        """fp32 [rows, pages]: `reduce` (torch.sum, torch.amax) over each page's tokens of a value a token, fp32 [rows,
+        tokens], that is the largest over some heads."""
+
+        def pages_of(values: Tensor) -> Tensor:
+            return reduce(values.unflatten(1, (-1, self.page_size)), -1)
+
         return pages_of(tokens) if self.across is None else self.across(tokens, pages_of)
 
 

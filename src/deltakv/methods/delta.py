@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from deltakv.config import Delta
@@ -40,4 +41,4 @@ def _scores(stats: SoftmaxStats) -> Tensor:
     if stats.across is None:
         return page_scores(stats.logits, stats.peaks, stats.lse, stats.seq_lens, stats.page_size)
     tokens = page_scores(stats.logits, stats.peaks, stats.lse, stats.seq_lens, 1)
-    return stats.by_page(tokens, lambda values: values.unflatten(1, (-1, stats.page_size)).sum(-1))
+    return stats.by_page(tokens, torch.sum)

@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import torch
+
 from deltakv.field import IndexCache
 from deltakv.methods.base import Picks, SoftmaxStats
 from deltakv.ops import page_scores, select_pages
@@ -25,7 +27,7 @@ class IndexCacheSelector:
 
     def pick(self, stats: SoftmaxStats) -> Picks:
         tokens = page_scores(stats.logits, stats.peaks, stats.lse, stats.seq_lens, 1)
-        scores = stats.by_page(tokens, lambda values: values.unflatten(1, (-1, stats.page_size)).sum(-1))
+        scores = stats.by_page(tokens, torch.sum)
         c = self.config
         limits = c.budget_pages, c.recent_pages, c.sink_pages, c.min_context
         return Picks(*select_pages(scores, stats.seq_lens, stats.page_size, *limits))

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from deltakv.field import TidalDecode
 from deltakv.methods.base import Picks, SoftmaxStats
 from deltakv.ops import page_scores, select_pages
@@ -24,7 +26,7 @@ class TidalSelector:
 
     def pick(self, stats: SoftmaxStats) -> Picks:
         tokens = page_scores(stats.logits, stats.peaks, stats.lse, stats.seq_lens, 1)
-        scores = stats.by_page(tokens, lambda values: values.unflatten(1, (-1, stats.page_size)).amax(-1))
+        scores = stats.by_page(tokens, torch.amax)
         c = self.config
         limits = c.budget_pages, c.recent_pages, c.sink_pages, c.min_context
         return Picks(*select_pages(scores, stats.seq_lens, stats.page_size, *limits))

@@ -136,17 +136,16 @@ class PagedAttention:
         """One token a row: query and result [batch, n_heads, head_dim]."""
         assert self.cache is not None
         k_pool, v_pool = self.cache.state.pool.layer(layer)
-        if role is Role.REUSE:
-            assert step.pick is not None, "a plan has a SELECT layer before any REUSE layer"
-            table, lens = step.pick.on(query.device)
-            return decode_attention(query, k_pool, v_pool, table, lens, scale, sinks)
-        if role is Role.WINDOW:
-            table, lens = self.selecting.window(step, layer, query.device).on(query.device)
-            return decode_attention(query, k_pool, v_pool, table, lens, scale, sinks)
         if role is Role.SELECT:
             known = self.cache.state.known
             return self.selecting.attend(step, known, layer, query, k_pool, v_pool, scale, sinks)
-        table, lens = step.on(query.device, "block_table"), step.on(query.device, "seq_lens")
+        if role is Role.REUSE:
+            assert step.pick is not None, "a plan has a SELECT layer before any REUSE layer"
+            table, lens = step.pick.on(query.device)
+        elif role is Role.WINDOW:
+            table, lens = self.selecting.window(step, layer, query.device).on(query.device)
+        else:
+            table, lens = step.on(query.device, "block_table"), step.on(query.device, "seq_lens")
         return decode_attention(query, k_pool, v_pool, table, lens, scale, sinks)
 
     def _prefill(
