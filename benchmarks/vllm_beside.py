@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,8 @@ ROWS, TURNS = 64, 7
 @dataclass(frozen=True)
 class Setup:
     """contenders: the others are held against the first. context: of the rows that decode. kv_gib: KV cache of each
-    engine and GPU, with room for them. prompts: tokens of one, and how many, for the time to the first token."""
+    engine and GPU, with room for them. prompts: tokens of one, and how many, for the time to the first token. engine:
+    further arguments for vLLM."""
 
     dims: str
     contenders: tuple[str, ...]
@@ -56,13 +57,18 @@ class Setup:
     prompts: tuple[tuple[int, int], ...] = ((1000, 60), (16000, 12))
     longest: int = 16064
     gpus: int = 1
+    engine: dict[str, Any] = field(default_factory=dict)
 
 
 ALL = ("stock", "full", "delta")
 SETUPS = {
     "1.5b": Setup("1.5b", ALL, 1000, 3),
     "7b": Setup("7b", ALL, 1000, 6),
-    "two-gpus": Setup("7b", ("local", "delta"), 16000, 28.4, (), 32768, 2),
+    # Two caches of a million tokens fill cards of 80 GB: no graphs but the one that is timed, prompts in small pieces.
+    "two-gpus": Setup(
+        "7b", ("local", "delta"), 16000, 28.3, (), 32768, 2,
+        {"max_num_batched_tokens": 4096, "compilation_config": {"cudagraph_capture_sizes": [ROWS]}},
+    ),  # fmt: skip
 }
 
 
@@ -73,6 +79,7 @@ def child(setup: Setup, name: str, folder: Path) -> None:
     os.dup2(2, 1)  # what vLLM prints goes to the log
     # A cache of a given size is not planned from what others have left of the GPU's memory.
     memory: dict[str, Any] = {"gpu_memory_utilization": 0.05, "kv_cache_memory_bytes": int(setup.kv_gib * 2**30)}
+    memory |= setup.engine
     llm, _ = start(setup.dims, folder, name, setup.longest, tensor_parallel_size=setup.gpus, **memory)
     vocabulary = min(150000, DIMS[setup.dims][5])
     generate(llm, prompts_of(64, 200, 9, vocabulary), 4)  # whatever is compiled at first use
@@ -93,7 +100,7 @@ def quartiles(values: list[float]) -> list[float]:
 
 
 class Engines:
-    """One setup's engines, all up."""
+    """One setup's engines, all up, until they are closed."""
 
     def __init__(self, output: Path, which: str, environment: dict[str, str], folder: Path) -> None:
         self.setup = SETUPS[which]
@@ -146,7 +153,7 @@ class Engines:
         more = {name: quartiles([a / b - 1 for a, b in zip(runs[name], runs[first], strict=True)]) for name in others}
         return {"ms": {name: quartiles(taken) for name, taken in runs.items()}, "more": more}
 
-    def stop(self) -> None:
+    def close(self) -> None:
         for process in self.processes.values():
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # its workers, too
@@ -170,14 +177,10 @@ def main() -> int:
     environment = switched_off({**ENVIRONMENT, **os.environ, "VLLM_WORKER_MULTIPROC_METHOD": "spawn"})
     environment["PYTHONPATH"] = os.pathsep.join([str(work), *filter(None, [os.environ.get("PYTHONPATH")])])
     report: dict[str, Any] = {**provenance(), "bench": "vllm-beside", "results": []}
-    engines: dict[str, Engines] = {}
-    try:
-        for which in asked.setups:
-            save_config(work / which, SETUPS[which].dims)
-            engines[which] = Engines(asked.output, which, environment, work / which)
-        for up in engines.values():
+    for which in asked.setups:
+        save_config(work / which, SETUPS[which].dims)
+        with contextlib.closing(Engines(asked.output, which, environment, work / which)) as up:
             up.ready()
-        for which, up in engines.items():
             for measured in up.measured():
                 found = {"setup": which, "model": f"qwen2-{up.setup.dims}", "gpus": up.setup.gpus, **measured}
                 print(json.dumps(found), flush=True)
@@ -185,9 +188,6 @@ def main() -> int:
                 (asked.output / "vllm-beside.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
             for name in up.setup.contenders if asked.profile else ():
                 up.ask(name, 0, 1000, seed=1)
-    finally:
-        for up in engines.values():
-            up.stop()
     return 0
 
 
