@@ -75,8 +75,9 @@ while [ $# -gt 0 ]; do
     background)
       name=$1; shift
       echo "== $name, in the background"
-      rm -rf /tmp/code && mkdir /tmp/code && cp -r "$root/src" "$root/benchmarks" /tmp/code/  # the next call writes these anew
-      KEPT=$KEPT CARRIED=/tmp/here OUT= setsid nohup bash /tmp/code/benchmarks/quality.sh "$name" \
+      code=/tmp/code/$name  # the next call writes these anew
+      rm -rf "$code" && mkdir -p "$code" && cp -r "$root/src" "$root/benchmarks" "$code/"
+      KEPT=$KEPT CARRIED=/tmp/here OUT= setsid nohup bash "$code/benchmarks/quality.sh" "$name" \
         >"$KEPT/$name.out" 2>&1 </dev/null & ;;
     wait)
       name=$1; shift

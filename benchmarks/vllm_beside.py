@@ -20,9 +20,11 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +42,8 @@ from vllm_gpu import (
     switched_off,
 )
 
-#: Rows that decode together, and how often: a step is what `LONG` tokens take more than `SHORT` ones.
-ROWS, TURNS = 64, 7
+#: Rows that decode together, and how often.
+ROWS, TURNS = 64, 9
 
 
 @dataclass(frozen=True)
@@ -61,20 +63,22 @@ class Setup:
 
 
 ALL = ("stock", "full", "delta")
+# fmt: off
 SETUPS = {
     "1.5b": Setup("1.5b", ALL, 1000, 3),
     "7b": Setup("7b", ALL, 1000, 6),
     # Two caches of a million tokens fill cards of 80 GB: no graphs but the one that is timed, prompts in small pieces.
     "two-gpus": Setup(
-        "7b", ("local", "delta"), 16000, 28.3, (), 32768, 2,
-        {"max_num_batched_tokens": 4096, "compilation_config": {"cudagraph_capture_sizes": [ROWS]}},
-    ),  # fmt: skip
+        "7b", ("local", "delta"), 16000, kv_gib=28.3, prompts=(), longest=32768, gpus=2,
+        engine={"max_num_batched_tokens": 4096, "compilation_config": {"cudagraph_capture_sizes": [ROWS]}},
+    ),
 }
+# fmt: on
 
 
 def child(setup: Setup, name: str, folder: Path) -> None:
-    """An engine that answers lines with seconds: [rows, length, seed, new tokens]; rows 0 is one row, and its log tells
-    the functions of the host that took longest."""
+    """An engine that answers lines with seconds: [rows, length, seed, new tokens]; of more than one new token those of
+    a step. rows 0 is one row, and its log tells the functions of the host that took longest."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what vLLM prints goes to the log
     # A cache of a given size is not planned from what others have left of the GPU's memory.
@@ -83,15 +87,40 @@ def child(setup: Setup, name: str, folder: Path) -> None:
     llm, _ = start(setup.dims, folder, name, setup.longest, tensor_parallel_size=setup.gpus, **memory)
     vocabulary = min(150000, DIMS[setup.dims][5])
     generate(llm, prompts_of(64, 200, 9, vocabulary), 4)  # whatever is compiled at first use
+    ends = stamped(llm.llm_engine)
     print("ready", file=answers, flush=True)
     for line in sys.stdin:
         rows, length, seed, tokens = json.loads(line)
         prompts = prompts_of(rows or 1, length, seed, vocabulary)
         with cProfile.Profile() if not rows else contextlib.nullcontext() as profile:
             seconds = generate(llm, prompts, tokens)[0]
+        if tokens > 1:
+            seconds = pace(ends[SHORT - tokens :])
+        ends.clear()
         if profile is not None:
             pstats.Stats(profile, stream=sys.stderr).sort_stats("tottime").print_stats(25)
         print(seconds, file=answers, flush=True)
+
+
+def stamped(engine: Any) -> list[float]:
+    """When each of the engine's steps ended, in seconds: to be read, and cleared."""
+    ends: list[float] = []
+    step = engine.step
+
+    def timed() -> Any:
+        outputs = step()
+        ends.append(time.perf_counter())
+        return outputs
+
+    engine.step = timed
+    return ends
+
+
+def pace(ends: list[float]) -> float:
+    """Seconds a step: the mean of the middle half. Now and then the host is late, which is nobody's step."""
+    taken = sorted(after - before for before, after in pairwise(ends))
+    middle = taken[len(taken) // 4 : -(len(taken) // 4)]
+    return sum(middle) / len(middle)
 
 
 def quartiles(values: list[float]) -> list[float]:
@@ -137,9 +166,8 @@ class Engines:
         return self.ask(name, 1, length, seed=100 + turn)
 
     def _step(self, name: str, turn: int) -> float:
-        """Of rows whose prompts are cached, but in the first turn."""
-        short, long = (self.ask(name, ROWS, self.setup.context, 7, tokens) for tokens in (SHORT, LONG))
-        return (long - short) / (LONG - SHORT)
+        """Of rows whose prompts are cached, but in the first turn; the last of `LONG` tokens, when all are there."""
+        return self.ask(name, ROWS, self.setup.context, 7, LONG)
 
     def _in_turns(self, take: Callable[[str, int], float], count: int) -> dict[str, Any]:
         """Quartiles of milliseconds by contender, and of how much more than the first one's in the same turn, as a

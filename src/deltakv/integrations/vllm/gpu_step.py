@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from deltakv.integrations.vllm.aside import Later, aside
 from deltakv.integrations.vllm.layout import NamedLayout
 from deltakv.integrations.vllm.ranks import across_ranks
 from deltakv.methods import Lengths, Picks, Selector, SoftmaxStats, window_of
@@ -32,8 +33,9 @@ class DecodeStep:
     block_table: int32 [rows, width]; seq_lens: int32 [rows], the current token included; 0 for the padding of a
         captured batch, whose output is zeros. prompts: bool [rows], the token is the last of a prompt, and so attends
         to all before it. All three are written in place before each replay.
-    picks: by the name of the SELECT layer, in logical pages. narrow: the same for the REUSE layers of this table; and
-        under None for its WINDOW layers, made by the first of them.
+    picks: by the name of the SELECT layer, in logical pages; made while what lies between it and the next layer's
+        attention runs. narrow: the same for the REUSE layers of this table; and under None for its WINDOW layers, made
+        by the first of them.
     """
 
     layout: NamedLayout
@@ -41,7 +43,7 @@ class DecodeStep:
     block_table: Tensor
     seq_lens: Tensor
     prompts: Tensor
-    picks: dict[str, Picks] = field(default_factory=dict)
+    picks: dict[str, Later[Picks]] = field(default_factory=dict)
     narrow: dict[str | None, Narrow] = field(default_factory=dict)
 
     @property
@@ -70,13 +72,15 @@ class DecodeStep:
                 q, k_cache, v_cache, table[:, None], lens[:, None], scale, sinks
             )
             out.copy_(attended)
-            across = across_ranks(self.layout.settings.tp_selection)
-            self.picks[layer] = self.selector.pick(SoftmaxStats(logits, peaks, lse, lens, self._page_size, across))
+            if layer in self.layout.sources.values():
+                across = across_ranks(self.layout.settings.tp_selection)
+                stats = SoftmaxStats(logits, peaks, lse, lens, self._page_size, across)
+                self.picks[layer] = aside(self.selector.pick, stats, q)
             return
         if role in (Role.REUSE, Role.WINDOW):
             source = self.layout.sources.get(layer)
             if source not in self.narrow:
-                picks = self._window() if source is None else step_of(source).picks[source]
+                picks = self._window() if source is None else step_of(source).picks[source].result()
                 self.narrow[source] = self._narrowed(picks)
             narrow = self.narrow[source]
             table, lens, expected = narrow.table, narrow.lens, narrow.expected
