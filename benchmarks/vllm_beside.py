@@ -43,7 +43,7 @@ from vllm_gpu import (
 )
 
 #: Rows that decode together, and how often.
-ROWS, TURNS = 64, 9
+ROWS, TURNS = 64, 7
 
 
 @dataclass(frozen=True)
