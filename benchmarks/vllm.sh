@@ -21,7 +21,7 @@ for part in "$@"; do
     server-*) new benchmarks/vllm_server.py --dims "$name" --seconds 500 ;;
     beside) new benchmarks/vllm_beside.py ;;
     two-gpus) new benchmarks/vllm_beside.py --setups two-gpus ;;
-    two-gpus-equal) new benchmarks/vllm_tp.py --parts equal --seconds 300 ;;
+    two-gpus-equal) new benchmarks/vllm_tp.py ;;
     *) echo "no such part: $part"; failed=1 ;;
   esac
 done

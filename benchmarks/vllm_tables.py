@@ -13,7 +13,7 @@ def serving(engines: Found, servers: Found, pairs: Found, beside: Found) -> str:
     """All of them, each with its source. Arguments: results by the name of their file."""
     parts = [part for _, data in engines for part in (*engine_tables(data), source(data))]
     parts += [part for _, data in servers for part in (server_table(data), source(data))]
-    parts += [part for _, data in pairs for part in (*pair_tables(data), source(data))]
+    parts += [part for _, data in pairs for part in (pair_table(data), source(data))]
     parts += [part for _, data in beside for part in (beside_table(data), source(data))]
     return "\n\n".join(parts) or "No run is stored yet."
 
@@ -61,27 +61,16 @@ def server_table(data: dict[str, Any]) -> str:
     return grid(f"{title} ({how})", headings, rows)
 
 
-def pair_tables(data: dict[str, Any]) -> list[str]:
+def pair_table(data: dict[str, Any]) -> str:
     """One run of vllm_tp.py."""
-    tables = []
-    results = data["parts"].get("7b", {})
-    if {"stock-2", "delta-2", "local-2"} <= results.keys():
-        shapes = {name: result["shapes"][0] for name, result in results.items()}
-        stock, wide, local = (shapes[f"{name}-2"]["tpot_ms"] for name in ("stock", "delta", "local"))
-        row = [size(shapes["stock-2"]), f"{stock:.2f}", f"{wide:.2f}", f"{local:.2f}"]
-        row += [f"{stock / wide:.2f}x", f"{wide / local - 1:+.1%}"]
-        headings = "rows x context | stock | DELTA, global picks | DELTA, local picks | ratio | global to local"
-        tables.append(grid("**Two GPUs, Qwen2 7b, a step of pure decode, ms**", headings, [row]))
-    equal = data["parts"].get("equal", {})
-    if "stock" in equal and "delta" in equal:
-        names = [name for name in ("stock", "delta", "local") if name in equal]
-        rows = [
-            [f"{context:,}", *(f"{equal[name]['median'][at]:.4f}" for name in names)]
-            for at, context in enumerate(equal["stock"]["contexts"])
-        ]
-        title = "**Two GPUs against one**: the largest difference of a log-probability, median over steps"
-        tables.append(grid(title, "context | " + " | ".join(names), rows))
-    return tables
+    equal = data["equal"]
+    names = [name for name in ("stock", "delta", "local") if name in equal]
+    rows = [
+        [f"{context:,}", *(f"{equal[name]['median'][at]:.4f}" for name in names)]
+        for at, context in enumerate(equal["stock"]["contexts"])
+    ]
+    title = "**Two GPUs against one**: the largest difference of a log-probability, median over steps"
+    return grid(title, "context | " + " | ".join(names), rows)
 
 
 def beside_table(data: dict[str, Any]) -> str:

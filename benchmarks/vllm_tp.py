@@ -1,10 +1,10 @@
-"""deltakv inside vLLM on two GPUs: what picks by the heads of both cost over local ones, and whether two answer as one.
+"""Do two GPUs answer as one? Log-probabilities of deltakv inside vLLM, with global and with local picks, and stock's.
 
-    PYTHONPATH=src:/tmp/site python3 benchmarks/vllm_tp.py --output FOLDER [--parts 7b equal] [--seconds 560]
+    PYTHONPATH=src:/tmp/site python3 benchmarks/vllm_tp.py --output FOLDER [--seconds 300]
 
-`7b`: a step of pure decode, 64 rows of 16,000 tokens, by stock vLLM and by deltakv with global and with local picks.
-`equal`: log-probabilities of the tiny model on two GPUs against one; stock's show what rounding alone does.
-Each contender runs in processes of its own, which end with it; NVLink multicast stays off.
+Of a tiny model; stock's difference between one GPU and two shows what rounding alone does. Contenders run side by side,
+each in processes of its own, which end with it; NVLink multicast stays off. What global picks cost in time is measured
+by vllm_beside.py.
 """
 
 from __future__ import annotations
@@ -22,35 +22,27 @@ import time
 from pathlib import Path
 from typing import Any
 
-import vllm_gpu
-from vllm_gpu import ENVIRONMENT, advertise, answered, provenance, save_config, save_tiny, switched_off, timed
+from vllm_gpu import ENVIRONMENT, advertise, answered, provenance, save_tiny, switched_off
 
-SIZES = ((64, 16000),)
-LONGEST = 32768
-#: Parts: the model, and contenders, each with its number of GPUs. Where nothing is timed all run side by side.
-PARTS: dict[str, tuple[str, tuple[tuple[str, int], ...]]] = {
-    "7b": ("7b", (("stock", 2), ("delta", 2), ("local", 2))),
-    "equal": ("tiny", (("stock", 1), ("delta", 1), ("stock", 2), ("delta", 2), ("local", 2))),
-}
-#: No contender takes longer; where less than a half is left none is started.
-CHILD_SECONDS = 200.0
+#: Contenders, each with its number of GPUs.
+CONTENDERS = (("stock", 1), ("delta", 1), ("stock", 2), ("delta", 2), ("local", 2))
 
 
 class Child:
     """One contender, in a session of its own."""
 
-    def __init__(self, part: str, name: str, gpus: int, gpu: int, run: Run) -> None:
-        self.label = f"{part}-{name}-{gpus}"
+    def __init__(self, name: str, gpus: int, gpu: int, run: Run) -> None:
+        self.label = f"{name}-{gpus}"
         self._result = run.work / f"{self.label}.json"
         self._log = run.asked.output / f"tp-{self.label}.log"
         environment = dict(run.environment)
         if gpus == 1 and not run.asked.cpu:
             environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
-        told = json.dumps({"part": part, "name": name, "gpus": gpus, "engine": run.engine, "cpu": run.asked.cpu})
+        told = json.dumps([name, {"tensor_parallel_size": gpus, **run.engine}])
         command = [sys.executable, __file__, "--output", str(run.asked.output), "--child", told]
         with self._log.open("w") as out:
             self._process = subprocess.Popen(
-                [*command, str(run.folder(PARTS[part][0])), str(self._result)],
+                [*command, str(run.model), str(self._result)],
                 env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
 
@@ -65,7 +57,7 @@ class Child:
         self._process.wait()
         if self._result.exists():
             found: dict[str, Any] = json.loads(self._result.read_text(encoding="utf-8"))
-            print(self.label, json.dumps(found.get("shapes", "answered")), flush=True)
+            print(self.label, "answered", flush=True)
             return found
         print(self.label, "FAILED, exit code", code, "\n", self.last_words(), flush=True)
         return None
@@ -75,7 +67,7 @@ class Child:
 
 
 class Run:
-    """All parts, and their JSON."""
+    """All contenders, and their JSON."""
 
     def __init__(self, asked: argparse.Namespace) -> None:
         self.asked, self.end = asked, time.monotonic() + asked.seconds
@@ -88,62 +80,30 @@ class Run:
         paths = [str(self.work), *filter(None, [os.environ.get("PYTHONPATH")])]
         self.environment["PYTHONPATH"] = os.pathsep.join(paths)
         self.engine: dict[str, Any] = {"enforce_eager": True} if asked.cpu else {}
-        self.parts: dict[str, dict[str, Any]] = {}
+        if asked.no_custom_all_reduce:
+            self.engine["disable_custom_all_reduce"] = True
+        self.model = self.work / "model"
+        save_tiny(self.model)
         self.left_out: list[list[str]] = []
 
-    def save(self) -> None:
+    def answers(self) -> dict[str, dict[str, Any]]:
+        """By label."""
+        children = [Child(name, gpus, at, self) for at, (name, gpus) in enumerate(CONTENDERS)]
+        results = {}
+        for child in children:
+            if found := child.finish(self.end - time.monotonic()):
+                results[child.label] = found
+            else:
+                self.left_out.append([child.label, child.last_words()[-800:]])
+        return results
+
+    def save(self, results: dict[str, dict[str, Any]]) -> None:
         report = {
-            **provenance(), "bench": "vllm-tp", "engine": self.engine, "parts": self.parts, "left_out": self.left_out,
+            **provenance(), "bench": "vllm-tp", "engine": self.engine, "equal": compared(results),
+            "left_out": self.left_out,
         }  # fmt: skip
+        print(json.dumps(report["equal"]), flush=True)
         (self.asked.output / "vllm-tp.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-
-    def folder(self, dims: str) -> Path:
-        """The model, made at first use. A CPU takes the tiny one for all."""
-        dims = "tiny" if self.asked.cpu else dims
-        folder = self.work / f"model-{dims}"
-        if not folder.exists():
-            save_tiny(folder) if dims == "tiny" else save_config(folder, dims)
-        return folder
-
-    def part(self, part: str) -> dict[str, dict[str, Any]]:
-        """Results by label, without the part's name."""
-        wanted = self.asked.contenders
-        contenders = [one for one in PARTS[part][1] if wanted is None or one[0] in wanted]
-        results: dict[str, dict[str, Any]] = {}
-        for together in [contenders] if part == "equal" else [[one] for one in contenders]:
-            results |= self.side_by_side(part, together)
-        return results
-
-    def side_by_side(self, part: str, contenders: list[tuple[str, int]]) -> dict[str, dict[str, Any]]:
-        left = self.end - time.monotonic()
-        if left < CHILD_SECONDS / 2:
-            self.left_out += [[part, f"{name}-{gpus}", "no time left"] for name, gpus in contenders]
-            return {}
-        deadline = time.monotonic() + min(left, CHILD_SECONDS)
-        results: dict[str, dict[str, Any]] = {}
-        children = [Child(part, name, gpus, at, self) for at, (name, gpus) in enumerate(contenders)]
-        for child, (name, gpus) in zip(children, contenders, strict=True):
-            if found := child.finish(deadline - time.monotonic()):
-                results[f"{name}-{gpus}"] = found
-                continue
-            self.left_out.append([part, f"{name}-{gpus}", child.last_words()[-800:]])
-            if name == "stock" and gpus == 2 and not self.engine and not self.asked.cpu:
-                print("again, without vLLM's own all-reduce", flush=True)
-                self.engine = {"disable_custom_all_reduce": True}
-                results |= self.side_by_side(part, [(name, gpus)])
-        return results
-
-
-def child(told: dict[str, Any], folder: Path, result: Path) -> None:
-    engine = {"tensor_parallel_size": told["gpus"], **told["engine"]}
-    if told["part"] == "equal":
-        answer = answered(folder, told["name"], **engine)
-    elif told["cpu"]:
-        vllm_gpu.SHORT, vllm_gpu.LONG = 4, 8
-        answer = timed("tiny", folder, told["name"], ((4, 100),), 512, **engine)
-    else:
-        answer = timed(PARTS[told["part"]][0], folder, told["name"], SIZES, LONGEST, **engine)
-    result.write_text(json.dumps(answer), encoding="utf-8")
 
 
 def apart(one: dict[str, Any], other: dict[str, Any]) -> list[list[float]]:
@@ -178,31 +138,19 @@ def compared(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="a folder, for vllm-tp.json and the logs")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--contenders", nargs="+", choices=["stock", "delta", "local"], default=None)
-    parser.add_argument("--seconds", type=float, default=560, help="for all of it")
+    parser.add_argument("--seconds", type=float, default=300, help="for all of it")
     parser.add_argument("--no-custom-all-reduce", action="store_true", help="NCCL's all-reduce everywhere")
     parser.add_argument("--cpu", action="store_true", help="try the script itself, on vLLM's CPU build")
     parser.add_argument("--child", nargs=3, default=None, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.child:
-        told, folder, result = asked.child
-        child(json.loads(told), Path(folder), Path(result))
+        told, model, result = asked.child
+        name, engine = json.loads(told)
+        Path(result).write_text(json.dumps(answered(Path(model), name, **engine)), encoding="utf-8")
         os._exit(0)  # at once: whoever waits ends the workers, which may take their time
     asked.output.mkdir(parents=True, exist_ok=True)
     run = Run(asked)
-    if asked.no_custom_all_reduce:
-        run.engine["disable_custom_all_reduce"] = True
-    for part in asked.parts:
-        results = run.part(part)
-        run.parts[part] = compared(results) if part == "equal" else results
-        run.save()
-        if part == "equal":
-            print(json.dumps(run.parts[part]), flush=True)
-            continue
-        steps = {name: result["shapes"][0]["tpot_ms"] for name, result in results.items()}
-        if "delta-2" in steps and "local-2" in steps:
-            print("ms a step:", steps, "global to local:", round(steps["delta-2"] / steps["local-2"], 4), flush=True)
+    run.save(run.answers())
     for what in run.left_out:
         print("left out:", *what, flush=True)
     return bool(run.left_out)

@@ -38,7 +38,7 @@ def test_tables_of_serving_say_what_was_measured() -> None:
         "date": "2026-11-26T00:00:00+00:00", "device": "NVIDIA H200", "dtype": "bfloat16", "commit": "0123456789abc",
         "versions": {"vllm": "0.26.0", "torch": "2.11.0"}, "machine": {"gpus": ["NVIDIA H200"] * 2},
     }  # fmt: skip
-    times = {"stock": (100.0, 8.0), "delta": (101.0, 4.0), "local": (101.0, 3.2)}
+    times = {"stock": (100.0, 8.0), "delta": (101.0, 4.0)}
     engine = {
         name: {"shapes": [{"rows": 64, "context": 16000, "tpot_ms": step, "ttft_one_prompt_ms": first}]}
         for name, (first, step) in times.items()
@@ -48,7 +48,7 @@ def test_tables_of_serving_say_what_was_measured() -> None:
         for name, (a, b) in times.items()
     ]
     median = {"contexts": [6000], "median": [0.0125]}
-    pair = {"7b": {f"{name}-2": result for name, result in engine.items()}, "equal": {"stock": median, "delta": median}}
+    other = {"contexts": [6000], "median": [0.025]}
     beside = [
         {
             "setup": "two-gpus", "model": "qwen2-7b", "gpus": 2, "what": "step", "rows": 64, "context": 16000,
@@ -63,13 +63,12 @@ def test_tables_of_serving_say_what_was_measured() -> None:
     text = vllm_tables.serving(
         [("one", {**facts, "parts": {"1.5b": engine, "7b": {"stock": engine["stock"]}}})],
         [("two", {**facts, "model": "qwen2-7b", "together": True, "results": served})],
-        [("three", {**facts, "parts": pair})],
+        [("three", {**facts, "equal": {"stock": median, "delta": other}})],
         [("four", {**facts, "results": beside})],
     )
     assert "| Qwen2 1.5b | 64 x 16,000 | 8.00 |  | 4.00 | 2.00x | +1.0% |" in text and "| Qwen2 7b | 64 x" not in text
     assert "| 64 x 1,000 | 100.0 | 101.0 | +1.0% | 8.00 | 4.00 | 2.00x | 8.00 | 4.00 | 2.00x |" in text
-    assert "| 64 x 16,000 | 8.00 | 4.00 | 3.20 | 2.00x | +25.0% |" in text
-    assert "| 6,000 | 0.0125 | 0.0125 |" in text
+    assert "| 6,000 | 0.0125 | 0.0250 |" in text
     assert "| Qwen2 7b, 2 GPUs | step | 64 x 16,000 | 4.00 | 4.20 |  |  | +3.0% | -1.0% to +12.5% |" in text
     assert "| Qwen2 7b | first token | 1 x 1,000 |  | 1.50 | 2.00 | 2.50 | -25.0% | -50.0% to +0.0% |" in text
     assert text.count("<sub>2026-11-26, 2 x H200, bfloat16, vLLM 0.26.0, torch 2.11.0, commit 012345678</sub>") == 4
