@@ -40,7 +40,19 @@ def test_of_several_numbers_of_reading_layers_the_best_is_kept() -> None:
     asked, loss = distance("SRRRRSRRRRRR")
     assert str(search_plan(12, [1, 2, 3], loss, rounds=12)) == "SRRRRSRRRRRR"  # type: ignore[arg-type]
     reached = {letters.count("S") for letters, _ in asked}
-    assert reached == {1, 2, 3, 4}  # of four, one layer more than is allowed, the first may be left out
+    # Of four, one layer more than is allowed, the first may be left out; and a single one may read without picking.
+    assert reached == {0, 1, 2, 3, 4}
+
+
+def test_another_number_of_reading_layers_may_be_best_in_the_end() -> None:
+    """With three to begin with they are ahead, and stay there; with two there is one step to something better."""
+
+    def loss(plan: LayerPlan, thorough: bool) -> float:
+        if str(plan) == "FSRRRRRR":
+            return 0.0
+        return {3: 1.0, 2: 2.0, 1: 3.0}.get(plan.reads_in_full, 4.0)
+
+    assert str(search_plan(8, [1, 2, 3], loss)) == "FSRRRRRR"
 
 
 def test_only_the_best_are_looked_at_again() -> None:

@@ -1,9 +1,9 @@
 """The search for a plan that reads few layers in full: which ones, and which of them pick.
 
-Greedy, from the first layer on: a layer that picks is added where it helps most, as often as the cost allows; the best
-number of them is kept, for more of them leave less to what the others read, with the first layer or without it: layers
-before the first that picks then read sinks and recent tokens. Then each reading layer may move, and may read without
-picking. Every candidate is looked at quickly, and only the best again, and
+Greedy, from the first layer on: a layer that picks is added where it helps most, as often as the cost allows, with the
+first layer or without it: layers before the first that picks then read sinks and recent tokens. The more layers read
+all, the less is left to what the others read, so the best plans of the most promising numbers of them go on: each
+reading layer may move, and may read without picking. Every candidate is looked at quickly, and only the best again, and
 longer. The same losses give the same plan, so a search that goes on from losses it has kept ends where it would have.
 """
 
@@ -18,6 +18,9 @@ Loss = Callable[[LayerPlan, bool], float]
 
 #: Candidates that a quick look leaves for a thorough one.
 KEPT = 4
+
+#: Numbers of reading layers whose best plan is improved: which of them is best in the end, the beginning hardly tells.
+PROMISING = 3
 
 #: How far a reading layer may move at once.
 REACH = (-3, -2, -1, 1, 2, 3)
@@ -36,7 +39,7 @@ def search_plan(
 ) -> LayerPlan:
     """The best plan found of `depth` layers with one of these numbers of them in full, each at least 1.
 
-    begin: plans to start from as well, such as the paper's. rounds: of small changes to the best one, at most.
+    begin: plans to start from as well, such as the paper's. rounds: of small changes to one, at most.
     """
     chosen, grown = [0], []
     while len(chosen) <= max(readings) and len(chosen) < depth:
@@ -47,7 +50,19 @@ def search_plan(
         chosen = plan.layers(Role.SELECT)
         if len(chosen) - 1 in readings:
             grown.append(_selecting(depth, chosen[1:]))
-    best, plan = min(((loss(plan, True), number, plan) for number, plan in enumerate([*grown, *begin])))[::2]
+    starts: dict[int, tuple[float, int, LayerPlan]] = {}
+    for number, plan in enumerate([*grown, *begin]):
+        start, reads = (loss(plan, True), number, plan), plan.reads_in_full
+        starts[reads] = min(start, starts.get(reads, start))
+    ends = [
+        (*_improved(start, loss, rounds), number) for number, start in enumerate(sorted(starts.values())[:PROMISING])
+    ]
+    return min(ends, key=lambda end: (end[0], end[2]))[1]
+
+
+def _improved(start: tuple[float, int, LayerPlan], loss: Loss, rounds: int) -> tuple[float, LayerPlan]:
+    """The best plan that small changes lead to, each to the best of them as long as that helps."""
+    best, _, plan = start
     for _ in range(rounds):
         near = list(neighbours(plan))
         if not near:
@@ -56,7 +71,7 @@ def search_plan(
         if value >= best:
             break
         best, plan = value, other
-    return plan
+    return best, plan
 
 
 def neighbours(plan: LayerPlan) -> Iterator[LayerPlan]:
