@@ -88,9 +88,11 @@ def tried() -> str:
     heads = "setting | attended | mean KL | p99 KL | top-1 | perplexity"
     parts = []
     for data in kinds("explore"):
-        for title, rows in (("on unseen text", data["unseen"]), ("one change each, at the same cost", data["knobs"])):
-            heading = f"**{data['model']}, {data['context']:,} tokens**: {title}"
-            parts.append(grid(heading, heads, [_setting(row) for row in rows]))
+        where = f"**{data['model']}, {data['context']:,} tokens**"
+        unseen = [[*_setting(row), _letters(row["setting"])] for row in data["unseen"]]
+        parts.append(grid(f"{where}: on unseen text", f"{heads} | letters, and options", unseen))
+        knobs = [_setting(row) for row in data["knobs"]]
+        parts.append(grid(f"{where}: one change each, at the same cost, on text that was searched on", heads, knobs))
         parts.append(f"<sub>{_measured(data)}</sub>")
     return "\n\n".join(parts) or "No run is stored yet: `bash benchmarks/quality.sh explore-qwen` makes one."
 
@@ -98,6 +100,12 @@ def tried() -> str:
 def _setting(row: dict[str, Any]) -> list[str]:
     cells = [row["stage"].removeprefix("knob: "), f"{row['cost'] / 1e3:.1f}k", f"{row['kl']:.4f}"]
     return [*cells, f"{row['p99']:.2f}", f"{row['top1']:.1%}", f"{row['perplexity']:.2f}"]
+
+
+def _letters(setting: dict[str, Any]) -> str:
+    options = [f"{name} {value}" for name, value in setting.get("all", {}).items() if name != "recent"]
+    options += ["more layer by layer"] if any(setting.get("layers", {}).values()) else []
+    return f"`{setting['roles']}` {', '.join(options)}".strip()
 
 
 def _measured(data: dict[str, Any]) -> str:
