@@ -23,13 +23,34 @@ python -c 'from pydoc_data.topics import topics; print("\n\n".join(topics.values
 (cd "$work" && apt-get -qq download jargon-text perl-doc && for deb in ./*.deb; do dpkg -x "$deb" .; done)
 gunzip -c "$work"/usr/share/doc/jargon-text/jargon.txt.gz > $made/texts/jargon.txt
 cat "$work"/usr/share/perl/*/pod/perl{faq?,retut}.pod > $made/texts/perl.txt
+# And worked examples, of which none is among those before a question, nor a question.
+python - "$questions/gsm8k_train_2000.jsonl" > $made/texts/gsm8k.txt <<'PY'
+import json, sys
+rows = [json.loads(line) for line in open(sys.argv[1], encoding="utf-8")][200:]
+print("".join(f"Question: {row['question']}\nAnswer: {row['answer']}\n\n" for row in rows))
+PY
 wc -c $made/texts/*
+
+# What was measured of the Pareto goes on; rows of another plan than the last one do not.
+mkdir -p $made/kept
+cp benchmarks/results/*-qwen-8k-plan.json $made/kept/qwen-plan.json
+cp benchmarks/results/*-smollm2-8k-plan.json $made/kept/smollm2-plan.json
+python - $made/kept <<'PY'
+import json, sys
+from pathlib import Path
+for path in Path("benchmarks/results").glob("*-pareto-*.json"):
+    name = path.name[path.name.index("pareto-"):]
+    plan = json.loads((Path(sys.argv[1]) / f"{name.split('-')[1]}-plan.json").read_text(encoding="utf-8"))["plan"]
+    rows = json.loads(path.read_text(encoding="utf-8"))["results"]
+    kept = [row for row in rows if "plan=" not in row["written"] or f"plan={plan}" in row["written"]]
+    (Path(sys.argv[1]) / f"{name}.lines").write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+PY
 
 for shots in 8shot manyshot; do
   many=(--shots 8); [ $shots = manyshot ] && many=(--shot-tokens 12000)
   rm -rf "$work/$shots"
   python -m deltakv eval --out "$work/$shots" --task gsm8k --data "$questions/gsm8k_test_first660.jsonl" \
-    --examples "$questions/gsm8k_train_2000.jsonl" "${many[@]}" --limit "${LIMIT:-330}" --batch "${BATCH:-33}" \
+    --examples "$questions/gsm8k_train_2000.jsonl" "${many[@]}" --limit "${LIMIT:-660}" --batch "${BATCH:-110}" \
     --model "$folder" --dtype bfloat16 --device cpu --method full --stop-after questions
   tar -czf $made/gsm8k-$shots.tgz -C "$work/$shots" .
 done

@@ -44,6 +44,7 @@ def pareto(data: dict[str, Any]) -> str:
         title = f"**{data['model']}, {context:,} tokens**: mean KL, and attended tokens a step in thousands"
         parts.append(grid(title, " | ".join(["method", *(f"budget {budget:,}" for budget in budgets)]), rows))
     facts = f"{len(data['texts'])} texts, {data['positions']} positions each"
+    facts += "" if data["whole"] else "; **not all is measured yet**"
     return "\n\n".join([*parts, f"<sub>{_measured(data)}, {facts}</sub>"])
 
 
