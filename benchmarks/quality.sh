@@ -4,6 +4,7 @@
 #     models                              pieces that are here become /tmp/models/NAME (benchmarks/models.py)
 #     explore-MODEL                       what was tried to make picks better
 #     calibrate-MODEL                     a plan file
+#     calibrate-gsm8k                     another for qwen, on worked examples as the many-shot task has them
 #     pareto-MODEL CONTEXT,...            all methods at all budgets; goes on where it was stopped
 #     answers-8shot, answers-manyshot     GSM8K; goes on where it was stopped
 #     background PART                     any of these beside what comes next, in a session of its own; wait PART
@@ -22,18 +23,28 @@ failed=0
 
 plan() { echo "$KEPT/$1-plan.json"; }
 
-# The methods that answer, at one budget, but that a calibrated plan has its own at 1,024 for the same attended tokens.
+# The methods that answer, at one budget, but that calibrated plans have their own at 1,024 for the same attended tokens.
 # DELTA's rows are sparse from the first token on.
 methods() {
   local budget=$1
   echo full
-  [ -f "$(plan qwen)" ] && python3 - "$(plan qwen)" "$budget" <<'PY'
+  for name in qwen qwen-gsm8k; do
+    [ -f "$(plan $name)" ] && python3 - "$(plan $name)" "$budget" <<'PY'
 import json, sys
 told, budget = json.load(open(sys.argv[1])), sys.argv[2]  # letters and all: at home there is no such file
 print(told["method"] if budget == "1024" else f"delta:budget={budget},recent=128,min_context=0,plan={told['plan']}")
 PY
+  done
   echo "delta:budget=$budget,sinks=0,min_context=0" "quest:budget=$budget" "streaming:window=$((budget - 16))" \
     "h2o:budget=$budget,recent=$((budget / 2))"
+}
+
+calibrate() {  # model, name of the plan, context, texts
+  local given=()
+  for text in "${@:4}"; do given+=(--text "$text"); done
+  python3 -m deltakv calibrate --model "$MODELS/$1" --context "$3" --windows 3 --dtype float32 "${given[@]}" \
+    --positions "${POSITIONS:-128}" --confirm-positions 512 --device "$DEVICE" --state "$KEPT/$2-plan.state" \
+    --out "$(plan "$2")" | tee "$KEPT/calibrate-$2.log"
 }
 
 answers() {  # folder, budget
@@ -53,11 +64,8 @@ part() {
       (cd "$root/benchmarks" && timeout $((${EXPLORE_SECONDS:-230} + 150)) python3 explore.py --model "$MODELS/$model" \
         --texts "${texts[@]}" --out "$KEPT/explore-$model.jsonl" --seconds "${EXPLORE_SECONDS:-230}" --device "$DEVICE") |
         tee "$KEPT/explore-$model.log" ;;
-    calibrate-*)
-      python3 -m deltakv calibrate --model "$MODELS/$model" --context "${CONTEXT:-8000}" --windows 3 --dtype float32 \
-        --positions "${POSITIONS:-128}" --confirm-positions 512 --device "$DEVICE" --state "$KEPT/$model-plan.state" \
-        --text "${texts[0]}" --text "${texts[1]}" --text "${texts[2]}" --out "$(plan "$model")" |
-        tee "$KEPT/calibrate-$model.log" ;;
+    calibrate-gsm8k) calibrate qwen qwen-gsm8k 12000 "$HERE/texts/gsm8k.txt" ;;
+    calibrate-*) calibrate "$model" "$model" "${CONTEXT:-8000}" "${texts[@]}" ;;
     pareto-*)
       [ -f "$(plan "$model")" ] && calibrated=(--plan "$(plan "$model")") || calibrated=()
       python3 "$root/benchmarks/pareto.py" --model "$MODELS/$model" --name "$model" --texts "${texts[@]}" \
