@@ -5,9 +5,10 @@
 #     explore-MODEL                       what was tried to make picks better
 #     calibrate-MODEL                     a plan file
 #     calibrate-gsm8k                     another for qwen, on worked examples as the many-shot task has them
-#     pareto-MODEL CONTEXT,...            all methods at all budgets; goes on where it was stopped
+#     pareto-MODEL@CONTEXT,...            all methods at all budgets; goes on where it was stopped
 #     answers-8shot, answers-manyshot     GSM8K; goes on where it was stopped
-#     background PART                     any of these beside what comes next, in a session of its own; wait PART
+#     background PART                     any of these beside what comes next, and beyond this call; wait PART, which
+#                                         gives up after WAIT_SECONDS. Several at once use the GPU better than one by one
 # MODEL is qwen or smollm2. Everything is kept in $KEPT and copied into $OUT/quality.tgz at the end of each call; carried as
 # .gpu/qd/kept it is where a fresh machine goes on from. Options are variables: EXPLORE_SECONDS, PARETO_SECONDS, ANSWER_SECONDS, POSITIONS.
 set -uo pipefail
@@ -66,11 +67,12 @@ part() {
         tee "$KEPT/explore-$model.log" ;;
     calibrate-gsm8k) calibrate qwen qwen-gsm8k 12000 "$HERE/texts/gsm8k.txt" ;;
     calibrate-*) calibrate "$model" "$model" "${CONTEXT:-8000}" "${texts[@]}" ;;
-    pareto-*)
+    pareto-*@*)
+      local contexts=${model#*@}; model=${model%@*}
       [ -f "$(plan "$model")" ] && calibrated=(--plan "$(plan "$model")") || calibrated=()
       python3 "$root/benchmarks/pareto.py" --model "$MODELS/$model" --name "$model" --texts "${texts[@]}" \
-        --contexts "$2" "${calibrated[@]}" --positions "${POSITIONS:-256}" --device "$DEVICE" \
-        --out "$KEPT/pareto-$model-${2//,/-}.json" --seconds "${PARETO_SECONDS:-480}" ;;
+        --contexts "$contexts" "${calibrated[@]}" --positions "${POSITIONS:-256}" --device "$DEVICE" \
+        --out "$KEPT/pareto-$model-${contexts//,/-}.json" --seconds "${PARETO_SECONDS:-480}" ;;
     answers-8shot) answers 8shot "${BUDGET:-512}" ;;
     answers-manyshot) answers manyshot "${BUDGET:-1024}" ;;
     *) echo "no such part: $name"; return 1 ;;
@@ -89,9 +91,8 @@ while [ $# -gt 0 ]; do
         >"$KEPT/$name.out" 2>&1 </dev/null & ;;
     wait)
       name=$1; shift
-      for _ in $(seq 500); do grep -q "^== done" "$KEPT/$name.out" && break; sleep 1; done
+      for _ in $(seq "${WAIT_SECONDS:-500}"); do grep -q "^== done" "$KEPT/$name.out" && break; sleep 1; done
       tail -60 "$KEPT/$name.out" ;;
-    pareto-*) echo "== $name $1, $(date +%T)"; part "$name" "$1" || failed=1; shift ;;
     *) echo "== $name, $(date +%T)"; part "$name" || failed=1 ;;
   esac
 done
