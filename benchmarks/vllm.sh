@@ -13,7 +13,7 @@ for part in "$@"; do
   case $part in
     tests)
       mkdir -p "$out/$part"
-      python3 -m pytest -q -p no:cacheprovider -n 4 -m gpu tests/gpu/test_vllm_gpu.py --junitxml "$out/$part/tests.xml" \
+      python3 -m pytest -q -p no:cacheprovider -n 4 -m gpu tests/gpu/test_vllm_gpu.py tests/gpu/test_aside.py --junitxml "$out/$part/tests.xml" \
         > "$out/$part/log" 2>&1 || failed=1
       tail -n 3 "$out/$part/log" ;;
     equal) new benchmarks/vllm_gpu.py --parts equal --seconds 500 ;;

@@ -183,11 +183,16 @@ def timed(
     return {**result, "shapes": shapes}
 
 
+#: Long ones first: what two contenders say is compared up to the first token that differs, and only rows of more than
+#: `min_context` are sparse.
+PROMPTS = (8000, 7000, 6000, 5000, 4000, 3500, 3000, 2500, 900, 40)
+
+
 def answered(folder: Path, name: str, **engine: Any) -> dict[str, Any]:
     """Tokens and all log-probabilities of a few rows of the tiny model."""
     llm, result = start("tiny", folder, name, 8192, **engine)
     rows = []
-    for length in (6000, 3000, 900, 40):
+    for length in PROMPTS:
         (row,) = generate(llm, prompts_of(1, length, seed=length, vocabulary=1024), 24, logprobs=-1)[1]
         steps = row.outputs[0].logprobs
         assert steps is not None

@@ -66,10 +66,10 @@ def pair_table(data: dict[str, Any]) -> str:
     equal = data["equal"]
     names = [name for name in ("stock", "delta", "local") if name in equal]
     rows = [
-        [f"{context:,}", *(f"{equal[name]['median'][at]:.4f}" for name in names)]
+        [f"{context:,}", *(f"{equal[name]['median'][at]:.4f} ({equal[name]['steps'][at]})" for name in names)]
         for at, context in enumerate(equal["stock"]["contexts"])
     ]
-    title = "**Two GPUs against one**: the largest difference of a log-probability, median over steps"
+    title = "**Two GPUs against one**: the largest difference of a log-probability, median over steps (how many)"
     return grid(title, "context | " + " | ".join(names), rows)
 
 

@@ -47,8 +47,8 @@ def test_tables_of_serving_say_what_was_measured() -> None:
         {"contender": name, "shapes": [{"rows": 64, "context": 1000, "ttft_ms": a, "tpot_ms": b, "tpot_whole_ms": b}]}
         for name, (a, b) in times.items()
     ]
-    median = {"contexts": [6000], "median": [0.0125]}
-    other = {"contexts": [6000], "median": [0.025]}
+    median = {"contexts": [6000], "median": [0.0125], "steps": [24]}
+    other = {"contexts": [6000], "median": [0.025], "steps": [9]}
     beside = [
         {
             "setup": "two-gpus", "model": "qwen2-7b", "gpus": 2, "what": "step", "rows": 64, "context": 16000,
@@ -68,7 +68,7 @@ def test_tables_of_serving_say_what_was_measured() -> None:
     )
     assert "| Qwen2 1.5b | 64 x 16,000 | 8.00 |  | 4.00 | 2.00x | +1.0% |" in text and "| Qwen2 7b | 64 x" not in text
     assert "| 64 x 1,000 | 100.0 | 101.0 | +1.0% | 8.00 | 4.00 | 2.00x | 8.00 | 4.00 | 2.00x |" in text
-    assert "| 6,000 | 0.0125 | 0.0250 |" in text
+    assert "| 6,000 | 0.0125 (24) | 0.0250 (9) |" in text
     assert "| Qwen2 7b, 2 GPUs | step | 64 x 16,000 | 4.00 | 4.20 |  |  | +3.0% | -1.0% to +12.5% |" in text
     assert "| Qwen2 7b | first token | 1 x 1,000 |  | 1.50 | 2.00 | 2.50 | -25.0% | -50.0% to +0.0% |" in text
     assert text.count("<sub>2026-11-26, 2 x H200, bfloat16, vLLM 0.26.0, torch 2.11.0, commit 012345678</sub>") == 4

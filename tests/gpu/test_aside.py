@@ -57,9 +57,10 @@ def test_a_captured_graph_holds_it() -> None:
     given, out, beside = (torch.zeros(SIZE, device="cuda") for _ in range(3))
 
     def step() -> None:
-        given.add_(1.0)
-        later = aside(slowly_doubled, given, given)
-        beside.copy_(given + 5.0)
+        made = given + 1.0  # in the graph's memory, which is given to others as soon as nobody holds it
+        later = aside(slowly_doubled, made, made)
+        del made
+        beside.copy_(torch.full_like(given, float("nan")).nan_to_num(0.0) + given + 6.0)
         out.copy_(later.result())
 
     with torch.cuda.stream(torch.cuda.Stream()):
@@ -69,7 +70,7 @@ def test_a_captured_graph_holds_it() -> None:
     with torch.cuda.graph(graph):
         step()
     for value in range(20):
-        given.fill_(value)
+        given.fill_(float(value))
         out.fill_(float("nan"))
         graph.replay()
         torch.testing.assert_close(out, torch.full_like(out, 2.0 * (value + 1)))

@@ -9,10 +9,11 @@ import torch
 from vllm.model_executor.layers.attention import Attention
 
 from deltakv.config import Delta
+from deltakv.integrations.vllm import figures, support
 from deltakv.integrations.vllm.layout import Layout
 from deltakv.integrations.vllm.loaded import loaded_layout
 from deltakv.integrations.vllm.settings import Settings
-from deltakv.integrations.vllm.support import _check_engine, _check_model
+from deltakv.integrations.vllm.support import _check_engine, _check_model, _check_pages, _check_ranks
 
 
 class OtherAttention(Attention):
@@ -87,4 +88,38 @@ def configured() -> None:
     assert "encoder-decoder" in said(lambda: _check_model(model(is_encoder_decoder=True)))
     assert "--enable-dbo" in said(lambda: _check_engine(engine(enable_dbo=True)))
     assert "--prefill-context-parallel-size 1" in said(lambda: _check_engine(engine(prefill_context_parallel_size=2)))
+    print("as expected")
+
+
+def elsewhere() -> None:
+    """What a CPU's attention, and one rank on a CPU, do not come to."""
+
+    def pages(page_size: int, block_size: int) -> None:
+        narrow: Any = SimpleNamespace(supports_block_size=lambda size: size in (32, 64))
+        config: Any = SimpleNamespace(cache_config=SimpleNamespace(block_size=block_size))
+        _check_pages(config, Settings(Delta(page_size=page_size, sinks=page_size)), narrow)
+
+    assert "page_size=16 is not a block size" in said(lambda: pages(16, 16))
+    assert "allowed are 32, 64" in said(lambda: pages(16, 16)) and not said(lambda: pages(32, 32))
+
+    def ranks(cuda: bool, off: bool, selection: str = "global", count: int = 2) -> str:
+        support.current_platform = SimpleNamespace(is_cuda=lambda: cuda)
+        support.envs = SimpleNamespace(VLLM_DISABLE_PYNCCL=off)
+        config: Any = SimpleNamespace(parallel_config=SimpleNamespace(tensor_parallel_size=count))
+        return said(lambda: _check_ranks(config, Settings(Delta(), selection)))
+
+    assert "leave VLLM_DISABLE_PYNCCL unset" in ranks(cuda=True, off=True)
+    allowed = [ranks(False, True), ranks(True, False), ranks(True, True, "local"), ranks(True, True, count=1)]
+    assert not any(allowed)
+
+    figures.get_tensor_model_parallel_rank = lambda: 0
+    layout = Layout.of(Settings(Delta(plan="FSR")), Delta(plan="FSR").layer_plan(3), range(3))
+    layout = layout.named({index: f"layer{index}" for index in range(3)})
+    names = []
+    for replica, rank, layers in ((0, 0, "layer0"), (0, 1, "layer0"), (1, 0, "layer0"), (1, 0, "layer2")):
+        parallel: Any = SimpleNamespace(data_parallel_index=replica, rank=rank)
+        counted = figures.figures_of(layout, [layers], parallel)
+        assert counted is not None
+        names.append(counted._worker)
+    assert names == ["rank0", "rank1", "replica1-rank0", "replica1-rank0-layer2"]
     print("as expected")

@@ -49,7 +49,15 @@ ENGINES: dict[str, tuple[dict[str, Any], Any, tuple[str, ...]]] = {
     "plan's depth": ({}, {**SPARSE, "plan": "FFSRRR"}, ("FFSRRR is for 6 layers", "8 layers")),
     "pipeline stage": (
         {"pipeline_parallel_size": 2}, {**SPARSE, "plan": "FFSRRRRR"},
-        ("pipeline stage 1 (layers 4 to 7)", "plan=FFSRSRRR"),
+        ("pipeline stage 1 (layers 4 to 7)", "make layer 4 'S'", "plan=FFSRSRRR"),
+    ),
+    "pipeline stages": (
+        {"pipeline_parallel_size": 4}, {**SPARSE, "plan": "FSRRRRRR"},
+        ("pipeline stage 1 (layers 2 to 3)", "2 more stages", "layer 2 and 4 and 6", "plan=FSSRSRSR"),
+    ),
+    "another backend for some layers": (
+        {"attention_config": {"backend": "CUSTOM", "backend_per_kind": {"sliding": "FLASH_ATTN"}}}, SPARSE,
+        ("not CUSTOM for all layers",),
     ),
     "pooling": ({"runner": "pooling", "convert": "embed"}, SPARSE, ("--runner pooling", "no decode steps")),
 }  # fmt: skip
@@ -105,6 +113,7 @@ def test_what_goes_together_passes(engines: Driver, tiny: str, tmp_path: Path) -
     assert engines.check(tiny, SPARSE) == "FFSRSRSR"
     assert engines.check(tiny, {"page_size": 32, "sinks": 32}, block_size=32) == "FFSRSRSR"
     assert engines.check(tiny, {**SPARSE, "plan": "FFSRSRRR"}, pipeline_parallel_size=2) == "FFSRSRRR"
+    assert engines.check(tiny, {**SPARSE, "plan": "FSSRSRSR"}, pipeline_parallel_size=4) == "FSSRSRSR"
     assert engines.check(tiny, {**SPARSE, "plan": "WFSRWWWW"}, pipeline_parallel_size=2) == "WFSRWWWW"
     assert engines.check(tiny, {"algorithm": "full"}) == "F" * 8
     windows = {**SMALL, "sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"] * 4}

@@ -64,7 +64,7 @@ def test_a_hit_on_generated_blocks_goes_on_with_what_decoding_made(engines: Driv
 
 @pytest.mark.model
 def test_drift_of_a_real_model_is_small(engines: Driver) -> None:
-    """SmolLM2, 64 generated tokens found again, 8% of the prompt. docs/vllm.md has more such figures."""
+    """SmolLM2, 64 generated tokens found again, 8% of the prompt."""
     folder = str(smollm2.folder())
     tokenizer = AutoTokenizer.from_pretrained(folder)
     text = tokenizer(" ".join(pydoc_data.topics.topics.values())[:20000])["input_ids"][:700]

@@ -57,10 +57,23 @@ def test_without_vllm_the_extra_is_named(tiny: str) -> None:
         (["--additional-config", '{"deltakv": {}}'], ("--method says",)),
         (["--max-model-len", "100000"], ("vLLM refuses this", "max_model_len (100000)")),
         (["--kv-cache-dtype", "fp8"], ("--kv-cache-dtype fp8",)),
+        (["--headless"], ("one API server", "--dry-run")),
+        (["--api-server-count", "2"], ("one API server", "--api-server-count")),
     ],
 )
 def test_refused_by_vllm_or_with_it(tiny: str, arguments: list[str], said: tuple[str, ...]) -> None:
     refused(serve(tiny, *arguments), *said)
+
+
+def test_a_vllm_that_would_not_load_deltakv_is_not_started(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU it would serve full attention and say nothing."""
+    hidden = "import importlib.metadata as m; m.entry_points = lambda **_: m.EntryPoints()"
+    refused(serve(tiny, before=hidden), "would not find deltakv", "pip")
+    for allowed in ("others,more", ""):
+        monkeypatch.setenv("VLLM_PLUGINS", allowed)
+        refused(serve(tiny), f"VLLM_PLUGINS={allowed} keeps vLLM from loading deltakv", "unset it")
+    monkeypatch.setenv("VLLM_PLUGINS", "others,deltakv")
+    assert serve(tiny, "--dry-run").returncode == 0
 
 
 def test_the_command(tiny: str) -> None:

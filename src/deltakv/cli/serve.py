@@ -22,7 +22,7 @@ def serve(
     ] = "global",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, print the command, and leave.")] = False,
 ) -> None:
-    """Serves a model with vLLM, sparse at decode steps; needs deltakv[vllm].
+    """Serves a model with vLLM, sparse at decode steps; needs deltakv\\[vllm].
 
     [bold]Example:[/bold] deltakv serve smollm2 --budget 512 --port 8000 --max-model-len 4096
 

@@ -90,7 +90,7 @@ class SparseCPUBuilder(CPUAttentionMetadataBuilder):
         self._layout: NamedLayout | None = None
         if layout is not None:
             self._layout = loaded_layout(layout, vllm_config, kv_cache_spec, layer_names)
-            self._figures = figures_of(self._layout, layer_names, vllm_config.parallel_config.rank)
+            self._figures = figures_of(self._layout, layer_names, vllm_config.parallel_config)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False

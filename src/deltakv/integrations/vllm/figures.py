@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from vllm.config import ParallelConfig
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 
@@ -116,14 +117,18 @@ class Figures:
         os.replace(part, Path(folder) / f"{self._worker}.json")
 
 
-def figures_of(layout: NamedLayout, layer_names: Sequence[str], rank: int, seconds: float = 0.0) -> Figures | None:
+def figures_of(
+    layout: NamedLayout, layer_names: Sequence[str], parallel: ParallelConfig, seconds: float = 0.0
+) -> Figures | None:
     """The counts of a worker's layers that share a block table; None where another one counts for it: the ranks of a
     tensor-parallel group see the same rows. seconds: as in `Figures`."""
     counted = [role for name, role in layout.roles.items() if name in layer_names]
     if not counted or get_tensor_model_parallel_rank():
         return None
     first = layout.first() in layer_names
-    worker = f"rank{rank}" if first else f"rank{rank}-{layer_names[0]}"
+    # Ranks count from 0 in each replica of data parallelism, whose index tells them apart.
+    replica = f"replica{parallel.data_parallel_index}-" if parallel.data_parallel_index else ""
+    worker = f"{replica}rank{parallel.rank}{'' if first else f'-{layer_names[0]}'}"
     return Figures(worker, layout.settings.method, counted, first, seconds)
 
 

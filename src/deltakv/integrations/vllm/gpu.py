@@ -106,7 +106,7 @@ class SparseGPUBuilder(FlashAttentionMetadataBuilder):
         most = max(vllm_config.scheduler_config.max_num_seqs, self.max_cudagraph_size or 0)
         self._prompts = torch.zeros(most, dtype=torch.bool, device=device)
         self._any_prompts = False
-        self._figures = figures_of(self._layout, layer_names, vllm_config.parallel_config.rank, FIGURES_SECONDS)
+        self._figures = figures_of(self._layout, layer_names, vllm_config.parallel_config, FIGURES_SECONDS)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False

@@ -9,6 +9,9 @@ from deltakv.integrations.vllm.versions import CHECKED, CHECKED_ON_GPU, is_check
 
 _HERE = "deltakv.integrations.vllm"
 
+#: As the package's metadata has it: where vLLM looks, and what it finds there.
+GROUP, ENTRY_POINT = "vllm.general_plugins", f"{_HERE}.plugin:register"
+
 
 def register() -> None:
     """Makes deltakv known to vLLM's attention registry. Safe to call again."""

@@ -12,6 +12,11 @@ from vllm.distributed.parallel_state import get_tp_group
 from deltakv.errors import UnsupportedUseError
 from deltakv.methods.base import PagesOf
 
+NO_NCCL = (
+    'tp_selection="global" needs vLLM\'s NCCL communicator, which is off here; leave VLLM_DISABLE_PYNCCL unset, or '
+    'give tp_selection="local"'
+)
+
 
 def across_ranks(tp_selection: str) -> Callable[[Tensor, PagesOf], Tensor] | None:
     """How the query heads of other ranks have a say in a pick; None if there are none, or each rank picks alone."""
@@ -31,10 +36,7 @@ def pages_over_ranks(tokens: Tensor, pages_of: PagesOf) -> Tensor:
         return pages_of(tokens)
     nccl = group.device_communicator.pynccl_comm
     if nccl is None or nccl.disabled:
-        raise UnsupportedUseError(
-            'tp_selection="global" needs vLLM\'s NCCL communicator, which is off here; leave VLLM_DISABLE_PYNCCL '
-            'unset, or give tp_selection="local"'
-        )
+        raise UnsupportedUseError(NO_NCCL)
     return in_shares(nccl, group.world_size, tokens, pages_of)
 
 

