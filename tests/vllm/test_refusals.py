@@ -56,7 +56,7 @@ ENGINES: dict[str, tuple[dict[str, Any], Any, tuple[str, ...]]] = {
         ("pipeline stage 1 (layers 2 to 3)", "2 more stages", "layer 2 and 4 and 6", "plan=FSSRSRSR"),
     ),
     "another backend for some layers": (
-        {"attention_config": {"backend": "CUSTOM", "backend_per_kind": {"sliding": "FLASH_ATTN"}}}, SPARSE,
+        {"attention_config": {"backend_per_kind": {"sliding_window": "FLASH_ATTN"}}}, SPARSE,
         ("not CUSTOM for all layers",),
     ),
     "pooling": ({"runner": "pooling", "convert": "embed"}, SPARSE, ("--runner pooling", "no decode steps")),
