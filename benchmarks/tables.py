@@ -32,7 +32,7 @@ END = "<!-- end of results -->"
 def comparisons() -> list[dict[str, Any]]:
     """Results of `deltakv compare`, shortest context and smallest batch first."""
     found = [json.loads(path.read_text()) for path in sorted((HERE / "results").glob("*.json"))]
-    found = [data for data in found if "results" in data and "bench" not in data]
+    found = [data for data in found if "results" in data and "bench" not in data and data.get("kind") != "eval"]
     return sorted(found, key=lambda data: (data["results"][0]["context"], data["results"][0]["batch"]))
 
 
