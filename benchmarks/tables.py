@@ -99,8 +99,8 @@ def offload() -> str:
     parts = []
     for name, data in benches("offload"):
         parts += [offload_table(name, data), source(data, rates(data))]
-    parts += [part for _, data in benches("offload-memory") for part in (memory_table(data), source(data))]
-    parts += [part for _, data in benches("offload-mixed") for part in (mixed_table(data), source(data))]
+    parts += [part for _, data in benches("offload-memory") for part in (memory_table(data), source(data, timed=False))]
+    parts += [part for _, data in benches("offload-mixed") for part in (mixed_table(data), source(data, timed=False))]
     return "\n\n".join(parts) or "No run is stored yet: `bash benchmarks/gpu.sh` makes them."
 
 
@@ -224,11 +224,13 @@ def op_table(data: dict[str, Any]) -> str:
     return grid(title, "op | us | MB | floor, us | of the floor", rows)
 
 
-def source(data: dict[str, Any], more: str = "") -> str:
-    """Where a run of `deltakv bench` was measured, and how fast a copy was there. more: rates of its own."""
-    versions, speed = data["versions"], f"copy {data['copy_bandwidth'] / 1e12:.2f} TB/s{more}"
+def source(data: dict[str, Any], more: str = "", timed: bool = True) -> str:
+    """Where a run of `deltakv bench` was measured, and how fast a copy was there, if it is `timed`. more: rates of its
+    own."""
+    versions = data["versions"]
+    speed = f", copy {data['copy_bandwidth'] / 1e12:.2f} TB/s{more}" if timed else ""
     software = f"torch {versions['torch']}, transformers {versions['transformers']}"
-    where = f"{data['date'][:10]}, {data['device']}, {data['dtype']}, {speed}"
+    where = f"{data['date'][:10]}, {data['device']}, {data['dtype']}{speed}"
     return f"<sub>{where}, {software}, commit {commit_of(data)}</sub>"
 
 

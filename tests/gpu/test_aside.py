@@ -19,6 +19,12 @@ def slowly_doubled(x: Tensor) -> Tensor:
     return x * 2
 
 
+def very_slowly_doubled(x: Tensor) -> Tensor:
+    """A second, in which a host that shares its cores with others gets a few kernels launched."""
+    torch.cuda._sleep(100 * LONG)
+    return x * 2
+
+
 def test_work_begins_after_what_was_asked_before_and_ends_before_its_result_is_read() -> None:
     given = torch.zeros(SIZE, device="cuda")
     slowly_doubled(given)  # compiled, and its memory made, before order counts
@@ -31,9 +37,10 @@ def test_work_begins_after_what_was_asked_before_and_ends_before_its_result_is_r
 
 
 def test_it_does_not_hold_up_the_stream_until_its_result_is_taken() -> None:
-    given = torch.ones(SIZE, device="cuda")
-    later = aside(slowly_doubled, given, given)
-    at_once = torch.cuda.Event()
+    given, at_once = torch.ones(SIZE, device="cuda"), torch.cuda.Event()
+    (given + 1.0).sum()  # loaded, however long that takes a busy host
+    torch.cuda.synchronize()
+    later = aside(very_slowly_doubled, given, given)
     (given + 1.0).sum()
     at_once.record()
     at_once.synchronize()
