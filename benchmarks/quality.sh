@@ -6,7 +6,8 @@
 #     calibrate-MODEL                     a plan file
 #     calibrate-gsm8k                     another for qwen, on worked examples as the many-shot task has them
 #     pareto-MODEL@CONTEXT,...            all methods at all budgets; goes on where it was stopped
-#     answers-8shot, answers-manyshot     GSM8K; goes on where it was stopped
+#     answers-8shot, answers-manyshot     GSM8K; goes on where it was stopped. answers-manyshot@h2o: one method alone, in a
+#                                         folder of its own, so that several answer at once; its file belongs with the others
 #     background PART                     any of these beside what comes next, and beyond this call; wait PART, which
 #                                         gives up after WAIT_SECONDS. Several at once use the GPU better than one by one
 # MODEL is qwen or smollm2. Everything is kept in $KEPT and copied into $OUT/quality.tgz at the end of each call; carried as
@@ -48,11 +49,12 @@ calibrate() {  # model, name of the plan, context, texts
     --out "$(plan "$2")" | tee "$KEPT/calibrate-$2.log"
 }
 
-answers() {  # folder, budget
-  local folder=$KEPT/gsm8k-$1 asked=()
-  [ -d "$folder" ] || { mkdir -p "$folder" && tar -xzf "$HERE/gsm8k-$1.tgz" -C "$folder"; }
+answers() {  # folder, with @ and what methods' names begin with or without; budget
+  local folder=$KEPT/gsm8k-$1 asked=() only=${1#"${1%@*}"}
+  [ -d "$folder" ] || { mkdir -p "$folder" && tar -xzf "$HERE/gsm8k-${1%@*}.tgz" -C "$folder"; }
   rm -f "$folder/.lock"
-  for method in $(methods "$2"); do asked+=(--method "$method"); done
+  for method in $(methods "$2" | tr ' ' '\n' | grep "^${only#@}"); do asked+=(--method "$method"); done
+  [ ${#asked[@]} -gt 0 ] || { echo "no method begins with ${only#@}"; return 1; }
   timeout -s INT "${ANSWER_SECONDS:-520}" python3 -m deltakv eval --out "$folder" --model "$MODELS/qwen" "${asked[@]}" \
     --dtype bfloat16 --device "$DEVICE" --stop-after answers
 }
@@ -73,8 +75,8 @@ part() {
       python3 "$root/benchmarks/pareto.py" --model "$MODELS/$model" --name "$model" --texts "${texts[@]}" \
         --contexts "$contexts" "${calibrated[@]}" --positions "${POSITIONS:-256}" --device "$DEVICE" \
         --out "$KEPT/pareto-$model-${contexts//,/-}.json" --seconds "${PARETO_SECONDS:-480}" ;;
-    answers-8shot) answers 8shot "${BUDGET:-512}" ;;
-    answers-manyshot) answers manyshot "${BUDGET:-1024}" ;;
+    answers-8shot*) answers "${name#answers-}" "${BUDGET:-512}" ;;
+    answers-manyshot*) answers "${name#answers-}" "${BUDGET:-1024}" ;;
     *) echo "no such part: $name"; return 1 ;;
   esac
 }
@@ -97,5 +99,5 @@ while [ $# -gt 0 ]; do
   esac
 done
 echo "== done, $(date +%T)"
-[ -n "${OUT:-}" ] && tar -czf "$OUT/quality.tgz" -C "$KEPT" .
+[ -n "${OUT:-}" ] && tar -czf "$OUT/quality.tgz" --exclude questions.jsonl -C "$KEPT" .  # those came from here
 exit $failed
