@@ -27,7 +27,7 @@ def files(model_folder: str, tmp_path_factory: pytest.TempPathFactory) -> list[s
     methods = [word for method in METHODS for word in ("--method", method)]
     model = ("--model", model_folder)
     out = {name: str(folder / f"{name}.json") for name in ("compare", "picks", "sweep")}
-    questions = write_questions(folder / "q.jsonl", 4)
+    questions = write_questions(folder / "q.jsonl", 6)
     for words in (
         ("compare", *model, *methods, "--context", "300", "--positions", "40", "--steps", "2", "--no-memory", "--json",
          out["compare"]),
@@ -35,7 +35,8 @@ def files(model_folder: str, tmp_path_factory: pytest.TempPathFactory) -> list[s
          str(folder / "picks.png")),
         ("bench", "sweep", "--model", "tiny", "--batch-size", "1", "--input-len", "64,128", "--num-iters", "1",
          "--num-iters-warmup", "0", "--method", "full", "--method", "quest:budget=64", "--json", out["sweep"]),
-        ("eval", "--task", "gsm8k", "--data", questions, *model, "-n", "3", *methods, "--out", str(folder / "gsm8k")),
+        ("eval", "--task", "gsm8k", "--data", questions, "--shots", "2", *model, "-n", "3", *methods, "--out",
+         str(folder / "gsm8k")),
         ("eval", "--task", "perplexity", *model, "--context", "200", "--positions", "30", "--limit", "2", *methods,
          "--out", str(folder / "perplexity")),
     ):  # fmt: skip
@@ -62,6 +63,7 @@ def test_one_page_of_everything(run: Run, files: list[str], tmp_path: Path) -> N
         row = re.search(rf'<td data-head="method">{re.escape(method)}</td><td data-head="attended">([\d,]+)</td>'
                         r'<td data-head="mean KL">([\d.]+)</td>', text)  # fmt: skip
         assert row and row.group(1) == f"{entry['attended_tokens']:,.0f}" and row.group(2) == f"{entry['kl_mean']:.4f}"
+    assert " questions, each behind 2 worked examples</h3>" in text
     gsm8k = json.loads(Path(files[3]).read_text(encoding="utf-8"))
     for entry in gsm8k["results"]:
         assert f'data-head="accuracy">{entry["accuracy"]:.1%} (' in text

@@ -63,6 +63,7 @@ class _Style:
     def answers(self, run: Entry) -> str:
         results = run["results"]
         head = f"{run['model']} on {run['task']}, {results[0]['questions']} questions"
+        head += f", each behind {run['examples']} worked examples" if run.get("examples") else ""
         if "perplexity" in results[0]:
             return _block(head, answers_headline(results), "", answers_table(results))
         points = []
