@@ -28,11 +28,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from vllm_gpu import (
+from vllm_engines import (
     DIMS,
     ENVIRONMENT,
-    LONG,
-    SHORT,
     advertise,
     generate,
     prompts_of,
@@ -41,6 +39,7 @@ from vllm_gpu import (
     start,
     switched_off,
 )
+from vllm_gpu import LONG, SHORT
 
 #: Rows that decode together, and how often.
 ROWS, TURNS = 64, 7

@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from vllm_gpu import DELTA, DIMS, ENVIRONMENT, advertise, prompts_of, provenance, save_config, switched_off
+from vllm_engines import DELTA, DIMS, ENVIRONMENT, advertise, prompts_of, provenance, save_config, switched_off
 from vllm_http import Answer, Server, ServerError
 
 ROWS = 64

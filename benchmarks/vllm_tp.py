@@ -22,7 +22,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from vllm_gpu import ENVIRONMENT, advertise, answered, provenance, save_tiny, switched_off
+from vllm_engines import ENVIRONMENT, advertise, provenance, save_tiny, switched_off
+from vllm_gpu import answered
 
 #: Contenders, each with its number of GPUs.
 CONTENDERS = (("stock", 1), ("delta", 1), ("stock", 2), ("delta", 2), ("local", 2))
