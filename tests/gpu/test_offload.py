@@ -27,14 +27,15 @@ def exact_products() -> Any:
     torch.backends.cuda.matmul.allow_tf32 = before
 
 
-@pytest.fixture(params=["as it comes", "late copies"])
+@pytest.fixture(params=["as it comes", "late copies", "late to the host"])
 def timing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Copies behind a sleep on their own stream: whoever does not wait for them reads what was there before."""
-    if request.param == "late copies":
+    """Copies behind a sleep on their own stream, all or those to the host: whoever does not wait for them reads what
+    was there before."""
+    if request.param != "as it comes":
         copy = lanes.StreamLane.copy
 
         def late(self: Any, target: Tensor, source: Tensor) -> None:
-            if self._own is not None:
+            if self._own is not None and (request.param == "late copies" or not target.is_cuda):
                 with torch.cuda.stream(self._own):
                     torch.cuda._sleep(500_000)
             copy(self, target, source)

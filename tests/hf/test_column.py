@@ -14,7 +14,7 @@ from deltakv.offload.lanes import Lanes
 from deltakv.offload.planner import FixedShare
 from deltakv.offload.scheduler import Schedule
 from hf.harness import assert_close, tokens
-from offload.delays import EagerCompute, FailingLane, LateLane
+from offload.delays import EagerCompute, FailingLane, LateLane, refusing
 
 HOST: dict[str, Any] = {"chunk_mib": 12 / 1024, "chunks": 3}
 
@@ -88,6 +88,32 @@ def test_another_share_on_the_same_caches_and_weights_back(tiny_model: Any) -> N
         assert torch.equal(weight, before[name]), name
     with torch.no_grad():
         assert_close(model(torch.cat([batches.prompts[0], batches.new[0]], dim=1)).logits[:, -5:], batches.expected[0])
+
+
+def test_the_model_itself_is_refused_until_its_weights_are_back(tiny_model: Any) -> None:
+    model = tiny_model("opt")
+    batches = Batches(model)
+    with torch.no_grad(), deltakv.apply(model, deltakv.Full(), kv_device="host", fuse=False) as handle:
+        with Column(handle, batches.caches(handle)) as column:
+            with pytest.raises(deltakv.UnsupportedUseError, match=r"remove\(\) first"):
+                model(batches.prompts[0])
+            batches.check(column)
+        column.remove()  # once more, which changes nothing
+        assert_close(model(torch.cat([batches.prompts[0], batches.new[0]], dim=1)).logits[:, -5:], batches.expected[0])
+
+
+@pytest.mark.parametrize("slabs", [0, 20, 40])
+def test_host_memory_that_is_refused_leaves_the_layers_their_weights(tiny_model: Any, slabs: int) -> None:
+    model = tiny_model("llama_mha")
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    batches = Batches(model)
+    with torch.no_grad(), deltakv.apply(model, deltakv.Full(), kv_device="host", fuse=False) as handle:
+        caches = batches.caches(handle)
+        with refusing(slabs), pytest.raises(deltakv.OffloadError, match="so a test wants it"):
+            Column(handle, caches)
+        for name, weight in model.named_parameters():
+            assert torch.equal(weight, before[name]), name
+        batches.check(Column(handle, caches))
 
 
 @pytest.mark.parametrize("at", [1, 30, 200])

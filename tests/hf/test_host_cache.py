@@ -11,6 +11,7 @@ import torch
 import deltakv
 from deltakv.integrations.hf import offload as setup
 from deltakv.offload import attention, memory
+from deltakv.offload.lanes import lanes_of
 from deltakv.offload.planner import FixedShare
 from deltakv.offload.profile import Timing
 from deltakv.offload.scheduler import Schedule
@@ -26,7 +27,7 @@ from hf.harness import (
     tokens,
 )
 from hf.test_turns import next_turn
-from offload.delays import late_lanes
+from offload.delays import late_lanes, late_store
 from offload.made_up import SHAPE, profile
 
 #: What KVPR is for, and biases, K-norm and a joint projection with fewer KV heads, where recomputing must be forced.
@@ -45,13 +46,12 @@ def small_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "_LOGITS", 512)
 
 
-@pytest.fixture(params=["at once", "late"])
-def timing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Copies as early as they can be, and as late as they may: a missing wait shows in one of the two."""
-    if request.param == "late":
-        rows = setup.HostRows
-        monkeypatch.setattr(setup, "HostRows", lambda *args: rows(*args, make_lanes=late_lanes))
-    return request.param
+@pytest.fixture(params=[lanes_of, late_lanes, late_store], ids=["at once", "late", "late store"])
+def timing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies as early as they can be, and as late as they may, all or those to the host: a missing wait shows in one of
+    them."""
+    rows = setup.HostRows
+    monkeypatch.setattr(setup, "HostRows", lambda *args: rows(*args, make_lanes=request.param))
 
 
 def host(**options: Any) -> deltakv.Host:
@@ -72,7 +72,7 @@ def recomputed(handle: Any) -> int:
 @pytest.mark.parametrize(
     ("share", "schedule"), [(0.0, "pipelined"), (0.6, "pipelined"), (0.6, "serial"), (1.0, "serial")]
 )
-def test_generation_of_a_ragged_batch(model_of: Any, timing: str, kind: str, schedule: str, share: float) -> None:
+def test_generation_of_a_ragged_batch(model_of: Any, timing: None, kind: str, schedule: str, share: float) -> None:
     model, batch = model_of(kind), ragged(45, 18, 33)
     stock = greedy(model, batch, 12)
     with on_host(model, recompute=share, schedule=schedule) as handle:
@@ -83,7 +83,7 @@ def test_generation_of_a_ragged_batch(model_of: Any, timing: str, kind: str, sch
 
 
 @pytest.mark.parametrize("kind", MOVED)
-def test_generation_of_models_that_move_all(model_of: Any, timing: str, kind: str) -> None:
+def test_generation_of_models_that_move_all(model_of: Any, timing: None, kind: str) -> None:
     model, batch = model_of(kind), ragged(45, 18, 33)
     stock = greedy(model, batch, 12)
     with on_host(model) as handle:
@@ -92,7 +92,7 @@ def test_generation_of_models_that_move_all(model_of: Any, timing: str, kind: st
 
 
 @pytest.mark.parametrize("kind", RECOMPUTED)
-def test_one_long_row(model_of: Any, timing: str, kind: str) -> None:
+def test_one_long_row(model_of: Any, timing: None, kind: str) -> None:
     """Rows of one length, so that every store is one piece; through many chunks and slabs."""
     model, batch = model_of(kind), {"input_ids": tokens(200).view(2, 100)}
     stock = greedy(model, batch, 20)
@@ -101,7 +101,7 @@ def test_one_long_row(model_of: Any, timing: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["opt", "llama_mha", "qwen2", "qwen3"])
-def test_three_turns_of_a_batch_that_ends_raggedly(model_of: Any, timing: str, kind: str) -> None:
+def test_three_turns_of_a_batch_that_ends_raggedly(model_of: Any, timing: None, kind: str) -> None:
     model, prompt = model_of(kind), ragged(40, 17, 33)
     end = int(greedy(model, prompt, 14).sequences[1, 40 + 4])
 
@@ -121,7 +121,7 @@ def test_three_turns_of_a_batch_that_ends_raggedly(model_of: Any, timing: str, k
 
 
 @pytest.mark.parametrize("kind", ["opt", "qwen3"])
-def test_a_prompt_in_chunks(model_of: Any, timing: str, kind: str) -> None:
+def test_a_prompt_in_chunks(model_of: Any, timing: None, kind: str) -> None:
     """Forwards of several tokens onto a past, by plain calls that say nothing of the length to come."""
     model, row = model_of(kind), tokens(150)[None]
     with torch.no_grad():
@@ -134,7 +134,7 @@ def test_a_prompt_in_chunks(model_of: Any, timing: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["opt", "llama_mha"])
-def test_plain_calls_of_a_ragged_batch(model_of: Any, timing: str, kind: str) -> None:
+def test_plain_calls_of_a_ragged_batch(model_of: Any, timing: None, kind: str) -> None:
     model, batch = model_of(kind), ragged(30, 12)
     continuation = tokens(20).view(2, 10)
     stock, _ = decode(model, batch, continuation)
@@ -145,7 +145,7 @@ def test_plain_calls_of_a_ragged_batch(model_of: Any, timing: str, kind: str) ->
 
 @pytest.mark.parametrize("share", [0.0, 0.5])
 @pytest.mark.parametrize("kind", ["opt", "qwen3"])
-def test_several_tokens_right_behind_a_ragged_prompt(model_of: Any, timing: str, kind: str, share: float) -> None:
+def test_several_tokens_right_behind_a_ragged_prompt(model_of: Any, timing: None, kind: str, share: float) -> None:
     """The host puts these in their places itself, where what is still on its way must not come after them."""
     model, prompt, new = model_of(kind), ragged(30, 12, 21), tokens(24, seed=5).view(3, 8)
     mask = torch.cat([prompt["attention_mask"], torch.ones(3, 8, dtype=torch.long)], dim=1)
@@ -165,7 +165,7 @@ def test_several_tokens_right_behind_a_ragged_prompt(model_of: Any, timing: str,
             assert_close(talk(), stock)
 
 
-def test_going_back(model_of: Any, timing: str) -> None:
+def test_going_back(model_of: Any, timing: None) -> None:
     model, row = model_of("llama_mha"), tokens(60)[None]
     with on_host(model, recompute=0.5), torch.no_grad():
         cache = model(row[:, :50]).past_key_values
@@ -179,14 +179,14 @@ def test_going_back(model_of: Any, timing: str) -> None:
 
 
 @pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_return_sequences": 3, "num_beams": 3}], ids=str)
-def test_beams(model_of: Any, timing: str, options: dict[str, int]) -> None:
+def test_beams(model_of: Any, timing: None, options: dict[str, int]) -> None:
     model, batch = model_of("opt"), ragged(30, 14)
     stock = model.generate(**batch, max_new_tokens=12, do_sample=False, **options)
     with on_host(model, recompute=0.5):
         assert torch.equal(model.generate(**batch, max_new_tokens=12, do_sample=False, **options), stock)
 
 
-def test_rows_that_are_chosen(model_of: Any, timing: str) -> None:
+def test_rows_that_are_chosen(model_of: Any, timing: None) -> None:
     model, batch = model_of("llama_mha"), ragged(30, 14, 22)
     with torch.no_grad():
         alone, _ = decode(model, left_padded([batch["input_ids"][2, -22:]]), tokens(4)[None])
@@ -239,7 +239,7 @@ def test_a_later_turn_announces_a_longer_row(model_of: Any) -> None:
 
 
 @pytest.mark.parametrize(("bits", "tolerance"), [(8, 0.15), (4, 3.0)])
-def test_quantised_rows_are_near(model_of: Any, timing: str, bits: int, tolerance: float) -> None:
+def test_quantised_rows_are_near(model_of: Any, timing: None, bits: int, tolerance: float) -> None:
     """Near, and not the same: the codes are read. Error bounds: tests/offload/test_codecs.py."""
     model, batch = model_of("qwen2"), ragged(60, 30)
     continuation = tokens(20).view(2, 10)
@@ -278,7 +278,7 @@ def test_a_cache_that_is_forgotten_gives_its_memory_back(model_of: Any) -> None:
         assert [row.length for row in cache.kv.rows] == [10, 10, 10]
 
 
-def test_a_forward_that_failed_is_forgotten(model_of: Any, timing: str) -> None:
+def test_a_forward_that_failed_is_forgotten(model_of: Any, timing: None) -> None:
     model, row = model_of("llama_mha"), tokens(60)[None]
     with on_host(model, recompute=0.5), torch.no_grad():
         with failing_layer(model), pytest.raises(RuntimeError, match="in the middle"):
@@ -291,7 +291,7 @@ def test_a_forward_that_failed_is_forgotten(model_of: Any, timing: str) -> None:
         assert_close(ours, model(row).logits[:, 50:])
 
 
-def test_the_scheduler_decides(model_of: Any, timing: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_scheduler_decides(model_of: Any, timing: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """With rates from a file, as on a machine with a bus: its share, and the same logits."""
     monkeypatch.setattr(setup, "has_bus", lambda device: True)
     file = tmp_path / "profile.json"

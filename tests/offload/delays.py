@@ -1,15 +1,19 @@
-"""Lanes that copy as late as they may, when somebody waits for it: who does not wait reads what was there before."""
+"""Lanes that copy as late as they may, when somebody waits for it: who does not wait reads what was there before. And
+a bus and host memory that fail."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from deltakv.errors import OffloadError
 from deltakv.offload.lanes import InstantLane, Lanes
+from deltakv.offload.memory import HostMemory
 
 
 class LateLane:
@@ -66,6 +70,11 @@ def late_lanes(_: torch.device, overlap: bool) -> Lanes:
     return Lanes(LateLane(), LateLane(), EagerCompute())
 
 
+def late_store(_: torch.device, overlap: bool) -> Lanes:
+    """Loads come at once: they find old bytes if they do not wait for what is stored."""
+    return Lanes(EagerCompute(), LateLane(), EagerCompute())
+
+
 class FailingLane(InstantLane):
     """Fails at the copy with that number, once."""
 
@@ -77,3 +86,18 @@ class FailingLane(InstantLane):
         if self.left == 0:
             raise OffloadError("copying between host and device failed: the bus is on fire")
         super().copy(target, source)
+
+
+@contextmanager
+def refusing(after: int) -> Iterator[None]:
+    """Host memory is refused after that many slabs."""
+    slab, left = HostMemory.slab, iter(range(after))
+
+    def counted(host: HostMemory, nbytes: int) -> Tensor:
+        if next(left, None) is None:
+            raise OffloadError("out of host memory: so a test wants it")
+        return slab(host, nbytes)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(HostMemory, "slab", counted)
+        yield

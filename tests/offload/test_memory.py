@@ -59,12 +59,22 @@ def test_a_short_row_takes_little_and_a_long_one_large_slabs() -> None:
     assert len(long.parts(0, 128)) == 2
 
 
-def test_rearranged_rows() -> None:
+def test_as_many_rows_change_places_where_they_are() -> None:
     records, content = filled(3, 20, 40)
-    before = records.nbytes
-    new = records.rearranged([2, 2, 0, 1, 2], 37)
-    assert torch.equal(torch.cat(new.parts(0, 37)), content[:37, [2, 2, 0, 1, 2]])
-    assert before > 0 and records.nbytes == 0
+    before = [part.data_ptr() for part in records.parts(0, 40)]
+    records.reorder([2, 2, 0], 37)
+    assert torch.equal(torch.cat(records.parts(0, 40)), torch.cat([content[:37, [2, 2, 0]], content[37:]]))
+    assert [part.data_ptr() for part in records.parts(0, 40)] == before
+
+
+def test_other_rows_in_other_memory() -> None:
+    records, content = filled(3, 20, 40)
+    new = records.empty_like(5)
+    new.ensure(37)
+    room = new.nbytes
+    records.become(new, [2, 2, 0, 1, 2], 37)
+    assert torch.equal(torch.cat(records.parts(0, 37)), content[:37, [2, 2, 0, 1, 2]])
+    assert records.rows == 5 and records.nbytes == room == records._memory.taken
 
 
 def test_what_is_released_may_be_taken_again() -> None:

@@ -103,7 +103,9 @@ def test_a_quantised_cache_may_be_too_small_for_x() -> None:
 def test_a_gpu_that_is_too_slow_says_so() -> None:
     split = best_split(OPT_6_7B, Rates(bus=5e10, gemm=4e14, other=1.0), 32, 2048, Schedule.PIPELINED)
     assert split.tokens == 0
-    assert "GPU would take longer" in split.reason
+    assert "the rest of the layer takes the GPU longer than the bus" in split.reason
+    slow = best_split(OPT_6_7B, Rates(bus=5e10, gemm=1e11), 32, 2048, Schedule.PIPELINED)
+    assert slow.tokens == 0 and "GPU would take longer to recompute even one token" in slow.reason
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,6 @@ class Flat:
     decode_peak: int
     chunk_bytes: int
     host_bytes: int
-    step_seconds: float
 
     def numbers(self) -> dict[str, Any]:
         """For JSON."""
@@ -75,14 +74,11 @@ def grow(
             model(ids[:, :1], past_key_values=cache, use_cache=True)
             cache.crop(-1)
             _reset_peak(model.device)
-            start = time.perf_counter()
             model(ids[:, :1], past_key_values=cache, use_cache=True)
-            if model.device.type == "cuda":
-                torch.cuda.synchronize(model.device)
-            seconds, peak = time.perf_counter() - start, _peak(model.device) - weights
+            peak = _peak(model.device) - weights
             cache.crop(-1)
             rows = cache.host_rows
-            found.append(Flat(length, prefill_peak, peak, rows.device_bytes, rows.host_bytes, seconds))
+            found.append(Flat(length, prefill_peak, peak, rows.device_bytes, rows.host_bytes))
     return found
 
 

@@ -52,14 +52,13 @@ class ThroughputBench(OffloadRun):
                 caches.append(handle.new_cache(max_length=self._longest))
                 prefill(self.model, caches[-1], prompt(self.model.config, self.batch, self.length, seed=number))
             self.say("weights to the host")
-            column = ColumnSteps(handle, caches)
-            if self._clock.cuda:
-                torch.cuda.empty_cache()
-            for name in names:
-                self.say(name)
-                results.append(self._variant(name, column, forecasts[name]))
-                self.found(results)
-            column.remove()
+            with ColumnSteps(handle, caches) as column:
+                if self._clock.cuda:
+                    torch.cuda.empty_cache()
+                for name in names:
+                    self.say(name)
+                    results.append(self._variant(name, column, forecasts[name]))
+                    self.found(results)
         return results
 
     @property

@@ -67,7 +67,7 @@ def plan(
     from deltakv.integrations.hf.support import model_shape
     from deltakv.report.tables import plan_table, print_table
 
-    config = check_methods(model, [chosen], _within_limit(lengths))
+    config = check_methods(model, [chosen], _within_limit(lengths), by_dims=True)
     shape = model_shape(config)
     kind = _dtype(dtype, config)
     cost = step_cost(config, shape.windows, chosen, kind)
@@ -133,7 +133,7 @@ def _offload(
 ) -> None:
     from deltakv.cli.plan_offload import plan_offload
 
-    config = check_methods(model, [], _within_limit(lengths))
+    config = check_methods(model, [], _within_limit(lengths), by_dims=True)
     plan_offload(model, config, _dtype(dtype, config), host, lengths, batch, batches, device, json_file, plot)
 
 

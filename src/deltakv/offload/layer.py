@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
+from deltakv.errors import OffloadError
 from deltakv.offload.codecs import Codec, InputCodec
 from deltakv.offload.memory import Records
 from deltakv.offload.pieces import Kind, Piece
@@ -68,8 +69,23 @@ class HostLayer:
         """Bytes that are stored of a row of `length` tokens."""
         return sum(tokens * records.record for records, tokens in self.room(length))
 
-    def rearrange(self, indices: list[int], tokens: int) -> None:
-        """Row i becomes row `indices[i]`, of rows of at most `tokens` tokens."""
-        self.kv = self.kv.rearranged(indices, tokens)
-        if self.x is not None:
-            self.x = self.x.rearranged(indices, min(tokens, self.x_limit))
+
+def rearrange(layers: Iterable[HostLayer], indices: list[int], tokens: int) -> None:
+    """In all layers row i becomes row `indices[i]`, of rows of at most `tokens` tokens. Of as many rows as before in
+    place; else in new memory, and all of it is there before anything changes. Raises `OffloadError`, with all as it
+    was."""
+    known = [room for layer in layers for room in layer.room(tokens)]
+    if all(records.rows == len(indices) for records, _ in known):
+        for records, upto in known:
+            records.reorder(indices, upto)
+        return
+    made = [records.empty_like(len(indices)) for records, _ in known]
+    try:
+        for new, (_, upto) in zip(made, known, strict=True):
+            new.ensure(upto)
+    except OffloadError:
+        for new in made:
+            new.release()
+        raise
+    for new, (records, upto) in zip(made, known, strict=True):
+        records.become(new, indices, upto)

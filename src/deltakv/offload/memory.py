@@ -129,18 +129,26 @@ class Records:
             start += count
         return result
 
-    def rearranged(self, indices: list[int], tokens: int) -> Records:
-        """New records with row i as row `indices[i]` is here, up to `tokens` tokens; these are released."""
-        new = Records(self._memory, len(indices), self.record)
-        new.ensure(tokens)
+    def empty_like(self, rows: int) -> Records:
+        """Records of the same size for that many rows, with no room yet."""
+        return Records(self._memory, rows, self.record)
+
+    def reorder(self, indices: list[int], tokens: int) -> None:
+        """Row i becomes row `indices[i]`, of as many rows, up to `tokens` tokens: in place."""
         chosen = torch.tensor(indices)
-        done = 0
+        for part in self.parts(0, tokens):
+            part.copy_(part.index_select(1, chosen))
+
+    def become(self, new: Records, indices: list[int], tokens: int) -> None:
+        """Row i becomes row `indices[i]`, up to `tokens` tokens, in the memory of `new`, which has room for them; what
+        these had is given back."""
+        chosen, done = torch.tensor(indices), 0
         for source in self.parts(0, tokens):
             for target in new.parts(done, done + len(source)):
                 target.copy_(source[: len(target)].index_select(1, chosen))
                 source, done = source[len(target) :], done + len(target)
         self.release()
-        return new
+        self.rows, self._slabs, self._starts, self.capacity = new.rows, new._slabs, new._starts, new.capacity
 
     def release(self) -> None:
         self._memory.release(self._slabs)

@@ -17,7 +17,7 @@ from deltakv.offload.attention import Attention
 from deltakv.offload.codecs import InputCodec, codec
 from deltakv.offload.config import Host
 from deltakv.offload.lanes import Lanes, lanes_of
-from deltakv.offload.layer import NO_LIMIT, HostLayer, Recompute
+from deltakv.offload.layer import NO_LIMIT, HostLayer, Recompute, rearrange
 from deltakv.offload.loads import Load, Loads
 from deltakv.offload.memory import HostMemory, Records
 from deltakv.offload.pieces import Piece, pieces
@@ -155,12 +155,11 @@ class HostRows:
             row.length = min(row.length, length)
 
     def rearrange(self, indices: list[int]) -> None:
-        """New row i is old row `indices[i]`. Copies the whole cache in host memory, unless nothing changes place."""
+        """New row i is old row `indices[i]`. Copies the whole cache in host memory, unless nothing changes place.
+        Raises `OffloadError`, with all rows as they were."""
         if indices != list(range(len(self.rows))):
             self._settle()
-            tokens = max((self.rows[index].length for index in indices), default=0)
-            for layer in self._layers.values():
-                layer.rearrange(indices, tokens)
+            rearrange(self._layers.values(), indices, max((self.rows[index].length for index in indices), default=0))
         self.rows = [Row([], self.rows[index].length) for index in indices]
 
     def unshare(self) -> None:

@@ -91,7 +91,7 @@ class Rates:
     attention: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.bus <= 0 or self.gemm <= 0 or min(self.other, self.attention) < 0:
+        if not (self.bus > 0 and self.gemm > 0 and self.other >= 0 and self.attention >= 0):  # not a number is none
             raise ConfigError(f"rates must be above 0, and `other` and `attention` not below: {self}")
 
 
@@ -205,7 +205,11 @@ def best_split(
             candidates |= {math.floor(crossing), math.ceil(crossing)}
     timed = [(predict(shape, rates, batch, length, tokens, schedule, column), tokens) for tokens in candidates]
     parts, tokens = min(timed, key=lambda pair: (pair[0].total, pair[1]))
-    reason = "" if tokens else "the GPU would take longer to recompute even one token than the bus takes to bring it"
+    reason = ""
+    if not tokens and plain.other >= plain.total:
+        reason = "the rest of the layer takes the GPU longer than the bus takes to bring all K and V"
+    elif not tokens:
+        reason = "the GPU would take longer to recompute even one token than the bus takes to bring it"
     return Split(length, tokens, parts, plain, reason)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deltakv.errors import OffloadError
 from deltakv.offload.lanes import Lane, Lanes
 from deltakv.offload.memory import HostMemory, Records
 
@@ -20,7 +21,7 @@ class HostWeights:
 
     layers: the weights of each, in the order in which they cross; alike in shapes and dtypes. lanes: whose load lane
     they cross on, and who works with them. A layer may run between `wait` and `end`.
-    Raises `OffloadError` if the host has no room.
+    Raises `OffloadError` if the host has no room; the layers then are as they were.
     """
 
     def __init__(self, layers: Sequence[Sequence[nn.Parameter]], lanes: Lanes, memory: HostMemory) -> None:
@@ -36,17 +37,20 @@ class HostWeights:
             self._places = [torch.zeros(self.nbytes, dtype=torch.uint8, device=device) for _ in range(2)]
         for place in self._places:
             lanes.load.keep(place)
-        self._hosted = []
-        for index, weights in enumerate(self._layers):
-            records = Records(memory, 1, _UNIT)
-            records.ensure(self.nbytes // _UNIT)
-            views = self._views(index)
-            for weight, view in zip(weights, views, strict=True):
-                view.copy_(weight.detach())
-            self._copy(index, records, to_host=True)
-            for weight, view in zip(weights, views, strict=True):
+        self._hosted = [Records(memory, 1, _UNIT) for _ in self._layers]
+        try:
+            for index, (weights, records) in enumerate(zip(self._layers, self._hosted, strict=True)):
+                records.ensure(self.nbytes // _UNIT)
+                for weight, view in zip(weights, self._views(index), strict=True):
+                    view.copy_(weight.detach())
+                self._copy(index, records, to_host=True)
+        except OffloadError:
+            for records in self._hosted:
+                records.release()
+            raise
+        for index, weights in enumerate(self._layers):  # all are safe; from here on layers work with the places
+            for weight, view in zip(weights, self._views(index), strict=True):
                 weight.data = view
-            self._hosted.append(records)
         self._arrived: list[Any] = []
         self._ended = 0
         self._last: Any = None

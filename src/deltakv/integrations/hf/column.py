@@ -7,7 +7,7 @@ and X. A layer's weights cross as a whole, W_K and W_V first, before the first b
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -25,7 +25,8 @@ COVERED = ("llama", "mistral", "opt", "phi3", "qwen2", "qwen3")
 
 
 class Column:
-    """A model whose layers' weights are in host memory until `remove`, for steps of the batches in `caches`.
+    """A model whose layers' weights are in host memory until `remove`, for steps of the batches in `caches`. A context
+    that removes it at its end. Until then the model answers by `step` alone: its own forward is refused.
 
     handle: of the model, applied with `fuse=False` and K and V in host memory. caches: filled by ordinary forwards
     before; of rows without padding. lanes: for tests that delay copies.
@@ -45,11 +46,21 @@ class Column:
         self._memory = HostMemory(pinned=handle.offload.host.pinned and model.device.type == "cuda")
         layers = [_in_order(layer) for layer in model.get_decoder().layers]
         self._weights = HostWeights(layers, self._lanes, self._memory)
+        self._refusal = model.get_decoder().register_forward_pre_hook(_refuse)
         self._loads: Loads | None = None
 
     def remove(self) -> None:
-        """Gives the model its weights back."""
-        self._weights.restore()
+        """Gives the model its weights back. Safe to call twice."""
+        if self._refusal is not None:
+            self._refusal.remove()
+            self._refusal = None
+            self._weights.restore()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
 
     @property
     def weight_bytes(self) -> int:
@@ -124,6 +135,13 @@ class Column:
             x = decoder.project_out(x)
         logits: Tensor = self.model.lm_head(x)
         return logits
+
+
+def _refuse(*_: object) -> None:
+    raise UnsupportedUseError(
+        "the layers have their weights in host memory, for steps column by column; call the Column's step(), or its "
+        "remove() first"
+    )
 
 
 def _in_order(layer: Any) -> list[Any]:
