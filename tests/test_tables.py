@@ -133,7 +133,7 @@ def test_a_column_s_title_says_so(tables: Any) -> None:
 
 
 def test_runs_of_memory_and_of_mixed_requests(tables: Any) -> None:
-    grown = [Flat(length, 9 << 20, peak, 1, 1 << 30, 0.1) for length, peak in ((2000, 100 << 20), (32000, 101 << 20))]
+    grown = [Flat(length, 9 << 20, peak, 1, 1 << 30) for length, peak in ((2000, 100 << 20), (32000, 101 << 20))]
     store(
         tables, "m", bench="offload-memory", batch=2, recompute=1.0, results=[flat.numbers() for flat in grown]
     )  # fmt: skip

@@ -47,7 +47,7 @@ def test_a_plan_is_found_confirmed_and_taken(run: Run, model_folder: str, tmp_pa
     names = [one["method"] for one in data["confirmed"]]
     assert names == ["full", "the paper's settings", "the paper's plan", "calibrated"]
     assert full["kl_mean"] < 1e-9 and full["positions"] == ours["positions"] == 64
-    assert ours["attended_tokens"] <= 3 * 300 + 3 * 64
+    assert 3 * 300 + 3 * 64 < ours["attended_tokens"] <= paper["attended_tokens"]  # three readers, for the paper's cost
     low, high = ours["kl_interval"]
     assert 0 < low <= ours["kl_mean"] <= high
     assert data["against_the_paper_s_plan"]["kl_share"] == pytest.approx(ours["kl_mean"] / paper["kl_mean"])
@@ -57,8 +57,12 @@ def test_a_plan_is_found_confirmed_and_taken(run: Run, model_folder: str, tmp_pa
     assert [int(layer) for layer in data["new_pages"]] == plan.layers(Role.SELECT)
     assert all(0 < share < 1 for share in data["new_pages"].values())
     assert [int(layer) for layer in paper["new_pages"]] == paper_plan(6).layers(Role.SELECT)
-    # Of all that were looked at for long, the one with the least loss is what was chosen.
-    thorough = {key: loss for key, loss in data["tried"].items() if key.endswith(" thorough")}
+    # Of all of three readers that were looked at for long, the one with the least loss is what was chosen.
+    thorough = {
+        key: loss
+        for key, loss in data["tried"].items()
+        if key.endswith(" thorough") and parse(key.split()[0]).layer_plan(6).reads_in_full == 3
+    }
     assert min(thorough, key=lambda key: thorough[key]) == f"{data['method']} thorough"
     assert not out.with_name("plan.json.state").exists() and data["versions"] and data["texts"]
     method = f"delta:plan={out}"  # the file says the rest
@@ -222,7 +226,7 @@ def test_where_reading_less_saves_no_time(
     flat = LayerTimes.of({236: 1.0, 300: 1.0}, {236: 1.0, 300: 1.0}, {32: 1.0, 224: 1.0})
     monkeypatch.setattr(command, "_layer_times", lambda *_: flat)
     words = ("--out", str(tmp_path / "plan.json"), *SMALL[:4], *SMALL[6:], *reading, "--cost", "time")
-    refused(run("calibrate", "--model", model_folder, *words), "reading less saves none", "--cost tokens")
+    refused(run("calibrate", "--model", model_folder, *words), "reading less saves no time", "--cost tokens")
     assert not list(tmp_path.iterdir())
 
 

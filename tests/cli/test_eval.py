@@ -225,6 +225,46 @@ def test_a_run_in_the_folder_is_not_mixed_with_another(
     refused(run(*command, *out), "other data or examples")
 
 
+def test_a_folder_that_was_damaged_is_refused(run: Run, model_folder: str, tmp_path: Path, questions: str) -> None:
+    """By name, and before a model is loaded or an answer graded against another question's."""
+    out = tmp_path / "out"
+    again = ("eval", "--model", model_folder, "--out", str(out))
+    whole = (*again, "--task", "gsm8k", "--data", questions, "-n", "2", "--method", "full")
+    assert run(*whole).code == 0
+    answers, asked = out / "answers" / "full.jsonl", out / "questions.jsonl"
+    stray = out / "answers" / "stray.jsonl"
+
+    def damaged(path: Path, old: str, new: str, *said: str) -> None:
+        before = path.read_bytes() if path.exists() else None
+        path.write_text(before.decode().replace(old, new, 1) if before is not None else new, encoding="utf-8")
+        for command in (again, whole):
+            refused(run(*command), *said)
+        path.unlink() if before is None else path.write_bytes(before)
+
+    first = answers.read_text(encoding="utf-8").splitlines()[0]
+    for new in ("garbage", "{}", "[1]"):
+        damaged(answers, first, new, "full.jsonl")
+    damaged(stray, "", "foo\n", "stray.jsonl", "line 1: damaged")
+    damaged(answers, '"id": 0,', '"id": 77,', "full.jsonl answers question 77", "not asked")
+    lines = asked.read_text(encoding="utf-8").splitlines(keepends=True)
+    damaged(asked, lines[0], "", "questions.jsonl is not what this run has written")
+    damaged(asked, "".join(lines[:2]), lines[1] + lines[0], "questions.jsonl is not what this run has written")
+    damaged(asked, "".join(lines), "", "questions.jsonl", "there are none")
+    stray.mkdir()
+    refused(run(*again), "stray.jsonl", "take the file away")
+    stray.rmdir()
+    assert run(*again).code == 0 and run(*whole).code == 0
+
+
+def test_each_batch_is_sampled_by_itself(run: Run, model_folder: str, tmp_path: Path) -> None:
+    out, same = tmp_path / "out", tmp_path / "same.jsonl"
+    same.write_text(4 * (json.dumps({"question": "Again?", "answer": "#### 1"}) + "\n"), encoding="utf-8")
+    command = ("eval", "--task", "gsm8k", "--data", str(same), "--model", model_folder, "-n", "8", "--temperature", "1")
+    assert run(*command, "--batch", "2", "--method", "full", "--out", str(out)).code == 0
+    texts = [answer["text"] for _, answer in sorted(answers_of(out, "full").items())]
+    assert len(texts) == 4 and texts[:2] != texts[2:]
+
+
 def test_refusals(run: Run, model_folder: str, tmp_path: Path, questions: str) -> None:
     out = ("--model", model_folder, "--out", str(tmp_path / "out"))
     gsm8k = ("eval", "--task", "gsm8k", "--data", questions, *out)

@@ -104,6 +104,15 @@ def test_what_a_calibration_measured(run: Run, model_folder: str, tmp_path: Path
         assert html.escape(entry["method"]) in text and f"{entry['attended_tokens']:,.0f}" in text
 
 
+def test_a_budget_that_is_no_number_is_left_out(run: Run, files: list[str], tmp_path: Path) -> None:
+    data = json.loads(Path(files[0]).read_text(encoding="utf-8"))
+    for entry in data["results"]:
+        entry["method"] = entry["method"].replace("budget=128", "budget=128foo")
+    (tmp_path / "x.json").write_text(json.dumps(data), encoding="utf-8")
+    result = run("report", str(tmp_path / "x.json"), "--out", str(tmp_path / "page.html"))
+    assert result.code == 0 and "128foo" in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
 def test_refusals(run: Run, files: list[str], tmp_path: Path) -> None:
     out = ("--out", str(tmp_path / "page.html"))
 
@@ -119,6 +128,14 @@ def test_refusals(run: Run, files: list[str], tmp_path: Path) -> None:
     refused(run("report", files[0], written({"results": []}), *out), "x.json holds no results of compare")
     refused(run("report", written({"kind": "eval", "results": [{"method": "full"}]}), *out), "x.json", "not whole")
     refused(run("report", written({"picks": {"1": []}}), *out), "x.json", "not whole")
+    gsm8k, compared = (json.loads(Path(files[index]).read_text(encoding="utf-8")) for index in (3, 0))
+    refused(run("report", written({**gsm8k, "results": []}), *out), "x.json", "no results")
+    for name, value in (("accuracy", None), ("attended_tokens", "many"), ("interval", [0.1]), ("versus", {"p": 1})):
+        spoilt = {**gsm8k, "results": [{**gsm8k["results"][1], name: value}]}
+        refused(run("report", written(spoilt), *out), "x.json", "not whole")
+    for name in ("kl_mean", "perplexity", "top1"):
+        spoilt = {**compared, "results": [{**compared["results"][1], name: "0.1"}]}
+        refused(run("report", written(spoilt), *out), "x.json", f"{name} is '0.1'")
     refused(run("report", files[0], "--out", str(tmp_path / "page.png")), "must end in .html")
     refused(run("report", files[0], "--out", str(tmp_path / "no" / "page.html")), "its folder does not exist")
     assert not (tmp_path / "page.html").exists()

@@ -65,6 +65,6 @@ def test_a_layer_that_picks_is_dearer_in_time_than_one_that_does_not() -> None:
     paid = Paid(TIMES, paper(12), 64, (400, 500))
     picking, reading = paid.fitted(base, 4), paid.fitted(base, 1, 3)
     assert picking is not None and reading is not None and picking.budget < reading.budget
-    assert paid.readings(base, reach=2) == [3, 4], (
+    assert paid.readings(base, range(3, 8)) == [3, 4], (
         "five that all pick take longer than the paper's two that do not, and three"
     )

@@ -33,7 +33,8 @@ def calibrate(
     reading: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Layers that read everything (default: as many as the paper's plan has, two more or fewer)."
+            min=1,
+            help="Layers that read everything, at the paper's plan's cost (default: its number, two more or fewer).",
         ),
     ] = None,
     cost: Annotated[
@@ -64,6 +65,8 @@ def calibrate(
     """
     from deltakv.config import Delta, Full
 
+    if budget < sinks + 32:
+        raise InputError(f"--budget {budget} must be more than --sinks {sinks} by two pages of 16 tokens at least")
     base = Delta(budget=budget, sinks=sinks, recent=min(128, (budget - sinks) // 32 * 16), min_context=0)
     state = state if state is not None else out.with_name(out.name + ".state")
     options.check_output(out, state)
@@ -84,13 +87,14 @@ def calibrate(
     from deltakv.cli.checks import check_methods
     from deltakv.integrations.hf.support import model_shape
     from deltakv.loading.model import check_length
-    from deltakv.plan import LayerPlan, model_fingerprint, paper
+    from deltakv.plan import model_fingerprint, paper
 
     config = check_methods(model, [], lambda config: check_length(context + 1, config, f"--context {context}"))
     depth = len(model_shape(config).planned_layers)
     if reading is not None and not 1 <= reading < depth:
         raise InputError(f"--reading {reading} of {depth} layers leaves none to be sparse; give at most {depth - 1}")
-    known = paper(depth) if reading is None else LayerPlan.from_layers(depth, select=range(reading))
+    known = paper(depth)
+    counts = range(known.reads_in_full - 2, known.reads_in_full + 3) if reading is None else [reading]
 
     from deltakv.bench.layer_times import LayerTimes
     from deltakv.bench.provenance import provenance
@@ -119,12 +123,18 @@ def calibrate(
             said = tried.timed(lambda: _layer_times(loaded.model, base, lengths, batch or 1, advance).numbers())
             times = LayerTimes.load(said)
         paid = Paid(times or AttendedTokens(), known, budget, lengths)
-        readings = paid.readings(base, reach=2 if reading is None else 0)
+        readings = paid.readings(base, counts)
         if not readings:
             tried.forget()
+            why = (
+                f"with --budget {budget}{'' if reading is None else f' and --reading {reading}'} nothing would be left "
+            )
+            why += f"out, or nothing left to read, at the cost of the paper's plan {known}"
+            if times is None:
+                raise InputError(f"{why}; give another --reading, or none")
             raise InputError(
-                f"with --budget {budget} nothing would be left out, or nothing left to read, in the time of {known}: "
-                "at this size reading less saves none; give a longer --context, a larger --batch, or --cost tokens"
+                f"{why}: at this size reading less saves no time; give a longer --context, a larger --batch, or --cost "
+                "tokens"
             )
         task = bars.add_task("reading", total=len(pieces) * context)
         places = [open_window(loaded.model, piece, positions, page_size, _on(bars, task)) for piece in pieces]

@@ -68,7 +68,8 @@ def answer_all(
     advance: Advance = lambda questions: None,
 ) -> None:
     """Answers all batches that the journal does not have yet."""
-    missing = [batch for batch in work.batches if batch.number not in journal.batches]
+    there = journal.answers.keys()
+    missing = [batch for batch in work.batches if not there >= {question.id for question in batch.questions}]
     advance(sum(len(batch.questions) for batch in work.batches) - sum(len(batch.questions) for batch in missing))
     if not missing:
         return

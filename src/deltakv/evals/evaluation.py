@@ -24,7 +24,7 @@ from deltakv.config import Full, Method
 from deltakv.errors import InputError
 from deltakv.evals import answering, questions, significance
 from deltakv.evals.generation import Sampling
-from deltakv.evals.journal import Journal, file_name, write_whole
+from deltakv.evals.journal import Journal, file_name, method_in, write_whole
 from deltakv.evals.preparing import Prepared, Settings
 from deltakv.evals.questions import Question
 from deltakv.evals.tasks import TEXT
@@ -56,13 +56,8 @@ class Folder:
 
     def methods(self) -> list[str]:
         """Those that have answered something here, as written."""
-        found = []
-        for path in sorted((self.path / "answers").glob("*.jsonl")):
-            with path.open(encoding="utf-8", errors="replace") as file:
-                line = file.readline()
-            if line.endswith("\n"):  # else it was killed over its first line, and has answered nothing
-                found.append(str(json.loads(line)["method"]))
-        return found
+        found = (method_in(path) for path in sorted((self.path / "answers").glob("*.jsonl")))
+        return [method for method in found if method is not None]
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -124,7 +119,12 @@ def find_questions(folder: Folder, prepared: Prepared | None, model_id: str) -> 
         if name in ("fingerprint", "chat", "model_fingerprint") and said["facts"].get(name) != now:
             what = {"fingerprint": "other data or examples", "chat": "another --chat"}.get(name, "another model")
             raise InputError(f"{folder.path} holds a run with {what}; give another --out")
-    return questions.load_questions(folder.questions), said["facts"]
+    found = questions.load_questions(folder.questions)
+    if said.get("questions", questions.fingerprint(found)) != questions.fingerprint(found):
+        raise InputError(
+            f"{folder.questions} is not what this run has written there; bring it back, or begin in another folder"
+        )
+    return found, said["facts"]
 
 
 def fingerprint(config: Any) -> str:
@@ -151,6 +151,7 @@ class Run:
             return
         questions.save_questions(self.folder.questions, self.asked)
         said = {"settings": asdict(self.settings), "facts": self.facts, "model": model}
+        said["questions"] = questions.fingerprint(self.asked)
         # Last, because it says that the questions are there.
         write_whole(self.folder.run, json.dumps(said, indent=2, ensure_ascii=False) + "\n")
 
@@ -177,9 +178,12 @@ class Run:
             answering.answer_all(model, tokenizer, method, work, journal, sampling, advance)
 
     def missing(self, method: str) -> int:
-        """How many answers of a method are still to come."""
-        there = self.folder.journal(method).exists()
-        return len(self.asked) - (len(self.journal(method).answers) if there else 0)
+        """How many answers of a method are still to come. Raises `InputError` if it has answered what is not asked."""
+        path, asked = self.folder.journal(method), {question.id for question in self.asked}
+        answered = self.journal(method).answers.keys() if path.exists() else set[int]()
+        if unknown := answered - asked:
+            raise InputError(f"{path} answers question {min(unknown)}, which is not asked; take the file away")
+        return len(asked - answered)
 
     def results(self, prepared: Prepared) -> list[dict[str, Any]]:
         """One object a method that has answered everything, those of earlier calls included; each compared with full

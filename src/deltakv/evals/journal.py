@@ -77,6 +77,8 @@ class Journal:
         for number, line in enumerate(lines, start=1):
             try:
                 said = json.loads(line)
+                if not isinstance(said, dict):
+                    raise ValueError("no object")
                 if number == 1:
                     self._check(said)
                     self.notes = said["notes"]
@@ -111,6 +113,16 @@ class Journal:
             file.write(json.dumps(said, ensure_ascii=False).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
+
+
+def method_in(path: Path) -> str | None:
+    """Whose answers a journal holds, or None if it was killed over its first line. Raises `InputError`."""
+    try:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            line = file.readline()
+        return str(json.loads(line)["method"]) if line.endswith("\n") else None
+    except (OSError, ValueError, TypeError, KeyError):
+        raise InputError(f"{path}, line 1: damaged, or no answers of a run; take the file away") from None
 
 
 def file_name(method: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -46,12 +47,9 @@ class Paid:
         full, select = len(plan.layers(Role.FULL)), len(plan.layers(Role.SELECT))
         return self.cost.step(full, select, len(plan) - full - select, length, budget)
 
-    def readings(self, base: Delta, reach: int) -> list[int]:
-        """How many layers may read everything: as many as in `plan`, `reach` more or fewer, where that leaves a
-        budget."""
-        known = self.plan.reads_in_full
-        near = range(max(1, known - reach), min(self.depth, known + reach + 1))
-        return [count for count in near if self.fitted(base, count) is not None]
+    def readings(self, base: Delta, counts: Iterable[int]) -> list[int]:
+        """Of numbers of layers that read everything, those that leave the others a budget."""
+        return [count for count in counts if 0 < count < self.depth and self.fitted(base, count) is not None]
 
     def fitted(self, base: Delta, select: int, full: int = 0) -> Delta | None:
         """`base` with the budget that this leaves if so many layers SELECT and are FULL, fewer than there are; None if

@@ -36,6 +36,8 @@ def load_questions(path: Path) -> list[Question]:
     """What `save_questions` wrote. Raises `InputError` if it is damaged."""
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        if not rows:
+            raise ValueError("there are none")
         return [Question(**{**row, "until": tuple(row["until"])}) for row in rows]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(f"the questions in {path} cannot be read ({error}); begin in another folder") from None

@@ -81,6 +81,8 @@ def _gsm8k(row: Row, number: int) -> Doc:
     if "####" not in worked:
         raise KeyError("answer with ####")
     gold = worked.rpartition("####")[2].strip().replace(",", "")
+    if not gold:
+        raise KeyError("answer with something behind ####")
     return Doc(_field(row, "question"), gold, worked)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from deltakv.report.wording import chance
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -41,7 +43,7 @@ def _accuracy(result: dict[str, Any]) -> list[str]:
         [
             f"{versus['difference']:+.1%} ({_span(versus['interval'], '{:+.1%}')})",
             f"{versus['better']}/{versus['worse']}",
-            "" if versus["p"] is None else f"{versus['p']:.3f}",
+            chance(versus["p"]),
         ]
         if versus
         else [""] * 3

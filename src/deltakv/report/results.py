@@ -14,6 +14,14 @@ from deltakv.evals.picks import PickRecord
 Entry = dict[str, Any]
 
 
+#: Numbers, where they are there.
+ANSWERED = ("questions", "attended_tokens", "full_tokens", "new_tokens", "truncated")
+MEASURED = (
+    "context", "batch", "kl_mean", "kl_p99", "top1", "perplexity", "attended_tokens", "median_ms",
+    "decode_tokens_per_s",
+)  # fmt: skip
+
+
 @dataclass
 class Results:
     """Entries by what they are about; each knows its model and where it was measured (`where`).
@@ -61,7 +69,14 @@ def _sort_in(data: Entry, found: Results) -> None:
     about = {"model": str(data.get("model", "")), "where": _where(data)}
     if data.get("kind") == "eval":
         for result in data["results"]:
-            _ = result["method"], result["attended_tokens"], result["versus"], result["interval"]
+            _numbers(result, *ANSWERED)
+            _numbers(result, "perplexity" if "perplexity" in result else "accuracy", "seconds", need=True)
+            _span(result)
+            if result["versus"] is not None:
+                _span(result["versus"])
+                _numbers(result["versus"], "ratio" if "perplexity" in result else "difference", need=True)
+        if not data["results"]:
+            raise ValueError("no results")
         found.answers.append(data | about)
     elif "picks" in data:
         names = [name for name in PickRecord.__dataclass_fields__ if name not in ("picks", "recall")]
@@ -73,10 +88,24 @@ def _sort_in(data: Entry, found: Results) -> None:
         for result in [*data.get("results", []), *data.get("confirmed", [])]:
             text = data.get("text") or ", ".join(data.get("texts", ()))
             entry = {**about, "text": text, "context": data.get("context"), **result}
+            _numbers(entry, *MEASURED)
             if entry.get("kl_mean") is not None and entry.get("attended_tokens"):
                 found.fidelity.append(entry)
             if milliseconds := _step_ms(entry):
                 found.steps.append({**entry, "step_ms": milliseconds})
+
+
+def _numbers(entry: Entry, *names: str, need: bool = False) -> None:
+    """Raises `TypeError` for what is no number. need: for what is missing, too."""
+    for name in names:
+        value = entry.get(name)
+        if not (isinstance(value, int | float) or (value is None and not need)):
+            raise TypeError(f"{name} is {value!r}")
+
+
+def _span(entry: Entry) -> None:
+    low, high = entry["interval"]
+    _numbers({"low": low, "high": high}, "low", "high", need=True)
 
 
 def _step_ms(entry: Entry) -> float | None:

@@ -147,7 +147,7 @@ def budget_of(method: str) -> int | None:
             (
                 int(option.split("=")[1])
                 for option in method.partition(":")[2].split(",")
-                if option.startswith("budget=")
+                if option.startswith("budget=") and option.split("=")[1].isdecimal()
             ),
             None,
         )

@@ -73,7 +73,7 @@ def answers_table(results: Sequence[Entry]) -> str:
         ]
         if not texts:
             p = versus["p"] if versus else None
-            cells += [f"{versus['better']}/{versus['worse']}" if versus else "", "" if p is None else f"{p:.3f}"]
+            cells += [f"{versus['better']}/{versus['worse']}" if versus else "", chance(p)]
             cells += [f"{result['new_tokens']:,.0f}", str(result["truncated"])]
         return [*cells, f"{result['seconds']:,.0f}"]
 
@@ -101,6 +101,11 @@ def steps_table(group: Sequence[Entry]) -> str:
 
 def _span(value: float, interval: Sequence[float], form: str) -> str:
     return f"{form.format(value)} ({' to '.join(form.format(end) for end in interval)})"
+
+
+def chance(p: float | None) -> str:
+    """Of a test."""
+    return "" if p is None else "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
