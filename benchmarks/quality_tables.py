@@ -1,6 +1,7 @@
-"""Tables of what methods do to real models: calibrations, the Pareto of all methods, and what was tried.
+"""Tables of what methods do to real models: calibrations, the Pareto of all methods, and what was tried; and a page of
+pictures.
 
-python benchmarks/quality_tables.py           # rewrites the parts between the markers in benchmarks/README.md
+python benchmarks/quality_tables.py           # rewrites results/quality.html, and benchmarks/README.md between the markers
 python benchmarks/quality_tables.py --check   # exit code 1 if they are not what benchmarks/results/ says
 """
 
@@ -153,15 +154,27 @@ def rewritten(text: str) -> str:
     return text
 
 
+def pictures() -> str:
+    """The page of `deltakv report`: answers, then the Pareto, then calibrations."""
+    from deltakv.report.results import read_results
+    from deltakv.report.summary import summary_page
+
+    wanted = ("*-gsm8k-[8m]*.json", "*-pareto-*.json", "*-plan.json")
+    files = [path for pattern in wanted for path in sorted((HERE / "results").glob(pattern))]
+    return summary_page(read_results(files), "Methods beside full attention")
+
+
 def main() -> int:
-    path = HERE / "README.md"
-    before = path.read_text(encoding="utf-8")
-    after = rewritten(before)
+    readme, page = HERE / "README.md", HERE / "results" / "quality.html"
+    before = readme.read_text(encoding="utf-8")
+    made = {readme: rewritten(before), page: pictures()}
     if "--check" in sys.argv:
-        if after != before:
-            print("tables are not what benchmarks/results/ says; run python benchmarks/quality_tables.py")
-        return int(after != before)
-    path.write_text(after, encoding="utf-8")
+        stale = [path.name for path, text in made.items() if path.read_text(encoding="utf-8") != text]
+        if stale:
+            print(f"{', '.join(stale)}: not what benchmarks/results/ says; run python benchmarks/quality_tables.py")
+        return len(stale)
+    for path, text in made.items():
+        path.write_text(text, encoding="utf-8")
     return 0
 
 
