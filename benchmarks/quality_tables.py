@@ -1,7 +1,7 @@
 """Tables of what methods do to real models: calibrations, the Pareto of all methods, and what was tried; and a page of
 pictures.
 
-python benchmarks/quality_tables.py           # rewrites results/quality.html, and benchmarks/README.md between the markers
+python benchmarks/quality_tables.py           # rewrites results/quality.html, and README.md between its markers
 python benchmarks/quality_tables.py --check   # exit code 1 if they are not what benchmarks/results/ says
 """
 
