@@ -71,6 +71,14 @@ def test_grouped_query_attention_says_why(run: Run, model_folder: str, profile: 
     assert "R" not in next(line for line in result.out.splitlines() if line.startswith("GPU "))
 
 
+def test_dimensions_by_name(run: Run, profile: Path) -> None:
+    """Those that `bench offload` knows: nothing is loaded, and nobody is asked for a model of that name."""
+    changed = json.loads(profile.read_text())
+    profile.write_text(json.dumps({**changed, "shape": [4096, 32, 128]}))
+    result = run("plan", "--offload", "--model", "opt-6.7b", "--context", "2000", "--profile", str(profile))
+    assert result.code == 0 and "opt-6.7b: opt, 32 layers" in result.out, result.err
+
+
 def test_column_by_column(run: Run, multi_head: str, profile: Path, tmp_path: Path) -> None:
     out = tmp_path / "plan.json"
     result = run(

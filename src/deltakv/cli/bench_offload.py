@@ -96,6 +96,7 @@ def offload(
                     "profile": profile.numbers(),
                 },
                 [result.numbers() for result in results],
+                say=len(results) == len(wanted),
             )
 
         bench.found = keep  # after each variant: a run that is killed has lost one of them

@@ -192,7 +192,7 @@ class HostRows:
     def device_bytes(self) -> int:
         """Bytes of chunks on the device, whatever the rows' length."""
         loads = 0 if self._loads is None else self.host.chunks * self._loads.chunk_bytes
-        return loads + (0 if self._stores is None else 2 * self._stores.chunk_bytes)
+        return loads + (0 if self._stores is None else self._stores.nbytes)
 
     def _lengths(self, device: torch.device) -> Tensor | None:
         """The rows' lengths before this step, if they differ: once a step, because the host waits for it."""

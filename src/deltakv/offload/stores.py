@@ -52,6 +52,11 @@ class Stores:
         self._free: list[Any] = [None] * _CHUNKS
         self._turn = 0
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the chunks."""
+        return sum(chunk.numel() for chunk in self._chunks)
+
     def write(self, target: Records, places: Places, limit: int, encode: Callable[[tuple[Any, ...]], Tensor]) -> None:
         """Stores new tokens, those before token `limit` of their row.
 
