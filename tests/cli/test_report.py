@@ -133,6 +133,9 @@ def test_refusals(run: Run, files: list[str], tmp_path: Path) -> None:
     for name, value in (("accuracy", None), ("attended_tokens", "many"), ("interval", [0.1]), ("versus", {"p": 1})):
         spoilt = {**gsm8k, "results": [{**gsm8k["results"][1], name: value}]}
         refused(run("report", written(spoilt), *out), "x.json", "not whole")
+    for name in ("method", "questions", "new_tokens", "full_tokens"):
+        spoilt = {key: value for key, value in gsm8k["results"][1].items() if key != name}
+        refused(run("report", written({**gsm8k, "results": [spoilt]}), *out), "x.json", "not whole", name)
     for name in ("kl_mean", "perplexity", "top1"):
         spoilt = {**compared, "results": [{**compared["results"][1], name: "0.1"}]}
         refused(run("report", written(spoilt), *out), "x.json", f"{name} is '0.1'")

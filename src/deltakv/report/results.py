@@ -14,8 +14,10 @@ from deltakv.evals.picks import PickRecord
 Entry = dict[str, Any]
 
 
-#: Numbers, where they are there.
-ANSWERED = ("questions", "attended_tokens", "full_tokens", "new_tokens", "truncated")
+#: Numbers of a method in `eval`: of texts, and of answers.
+TEXTS = ("questions", "perplexity", "seconds")
+ANSWERS = ("questions", "accuracy", "seconds", "new_tokens", "truncated")
+#: And in other results, where they are there.
 MEASURED = (
     "context", "batch", "kl_mean", "kl_p99", "top1", "perplexity", "attended_tokens", "median_ms",
     "decode_tokens_per_s",
@@ -69,12 +71,16 @@ def _sort_in(data: Entry, found: Results) -> None:
     about = {"model": str(data.get("model", "")), "where": _where(data)}
     if data.get("kind") == "eval":
         for result in data["results"]:
-            _numbers(result, *ANSWERED)
-            _numbers(result, "perplexity" if "perplexity" in result else "accuracy", "seconds", need=True)
+            texts, versus = "perplexity" in result, result["versus"]
+            _ = data["task"], result["method"], result["attended_tokens"], result["full_tokens"]
+            _numbers(result, "attended_tokens", "full_tokens")
+            _numbers(result, *(TEXTS if texts else ANSWERS), need=True)
             _span(result)
-            if result["versus"] is not None:
-                _span(result["versus"])
-                _numbers(result["versus"], "ratio" if "perplexity" in result else "difference", need=True)
+            if versus is not None:
+                _ = versus["method"], texts or versus["p"]
+                _numbers(versus, "p")
+                _numbers(versus, *(("ratio",) if texts else ("difference", "better", "worse")), need=True)
+                _span(versus)
         if not data["results"]:
             raise ValueError("no results")
         found.answers.append(data | about)
@@ -90,6 +96,7 @@ def _sort_in(data: Entry, found: Results) -> None:
             entry = {**about, "text": text, "context": data.get("context"), **result}
             _numbers(entry, *MEASURED)
             if entry.get("kl_mean") is not None and entry.get("attended_tokens"):
+                _ = entry["method"]
                 found.fidelity.append(entry)
             if milliseconds := _step_ms(entry):
                 found.steps.append({**entry, "step_ms": milliseconds})
