@@ -159,7 +159,7 @@ def pictures() -> str:
     from deltakv.report.results import read_results
     from deltakv.report.summary import summary_page
 
-    wanted = ("*-gsm8k-[8m]*.json", "*-pareto-*.json", "*-plan.json")
+    wanted = ("*-gsm8k-*shot.json", "*-pareto-*.json", "*-plan.json")
     files = [path for pattern in wanted for path in sorted((HERE / "results").glob(pattern))]
     return summary_page(read_results(files), "Methods beside full attention")
 

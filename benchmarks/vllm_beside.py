@@ -31,6 +31,8 @@ from typing import Any
 from vllm_engines import (
     DIMS,
     ENVIRONMENT,
+    LONG,
+    SHORT,
     advertise,
     generate,
     prompts_of,
@@ -39,7 +41,6 @@ from vllm_engines import (
     start,
     switched_off,
 )
-from vllm_gpu import LONG, SHORT
 
 #: Rows that decode together, and how often.
 ROWS, TURNS = 64, 7

@@ -38,6 +38,9 @@ DIMS = {
     "7b": (3584, 18944, 28, 4, False, 152064),
     "tiny": (256, 512, 4, 2, False, 1024),
 }
+#: Tokens of short and long answers: a step is what the longer ones take more, so that neither the prompts nor the start
+#: are in it.
+SHORT, LONG = 64, 448
 
 
 def switched_off(environment: dict[str, str]) -> dict[str, str]:

@@ -24,6 +24,8 @@ from typing import Any
 from vllm_engines import (
     DIMS,
     ENVIRONMENT,
+    LONG,
+    SHORT,
     advertise,
     generate,
     prompts_of,
@@ -36,9 +38,6 @@ from vllm_engines import (
 
 #: Rows and tokens of context.
 SHAPES = ((64, 16000), (64, 1000))
-#: Tokens of short and long answers: a step is what the longer ones take more, so that neither the prompts nor the start
-#: are in it.
-SHORT, LONG = 64, 448
 #: How often each is timed; the medians count.
 TURNS = 3
 

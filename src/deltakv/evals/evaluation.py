@@ -16,6 +16,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,7 @@ def find_questions(folder: Folder, prepared: Prepared | None, model_id: str) -> 
             what = {"fingerprint": "other data or examples", "chat": "another --chat"}.get(name, "another model")
             raise InputError(f"{folder.path} holds a run with {what}; give another --out")
     found = questions.load_questions(folder.questions)
-    if said.get("questions", questions.fingerprint(found)) != questions.fingerprint(found):
+    if "questions" in said and said["questions"] != questions.fingerprint(found):
         raise InputError(
             f"{folder.questions} is not what this run has written there; bring it back, or begin in another folder"
         )
@@ -145,19 +146,24 @@ class Run:
     asked: Sequence[Question]
     methods: Sequence[tuple[str, Method]]
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of what is asked: megabytes, where many examples stand before each question."""
+        return questions.fingerprint(self.asked)
+
     def begin(self, model: str) -> None:
         """Writes down what is asked, unless that is there already. model: as the user named it."""
         if self.folder.run.exists():
             return
         questions.save_questions(self.folder.questions, self.asked)
         said = {"settings": asdict(self.settings), "facts": self.facts, "model": model}
-        said["questions"] = questions.fingerprint(self.asked)
+        said["questions"] = self.fingerprint
         # Last, because it says that the questions are there.
         write_whole(self.folder.run, json.dumps(said, indent=2, ensure_ascii=False) + "\n")
 
     def journal(self, method: str, model: Any = None) -> Journal:
         """A method's answers so far. model: that goes on answering; answers by another dtype or device are refused."""
-        header = {"method": method, "questions": questions.fingerprint(self.asked)}
+        header = {"method": method, "questions": self.fingerprint}
         if model is not None:
             header |= {"dtype": str(model.dtype).removeprefix("torch."), "device": model.device.type}
         notes = provenance(model) if model is not None else {}

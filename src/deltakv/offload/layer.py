@@ -8,9 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from deltakv.errors import OffloadError
 from deltakv.offload.codecs import Codec, InputCodec
-from deltakv.offload.memory import Records
+from deltakv.offload.memory import Records, take_room
 from deltakv.offload.pieces import Kind, Piece
 from deltakv.offload.stores import Places, Stores
 
@@ -79,13 +78,7 @@ def rearrange(layers: Iterable[HostLayer], indices: list[int], tokens: int) -> N
         for records, upto in known:
             records.reorder(indices, upto)
         return
-    made = [records.empty_like(len(indices)) for records, _ in known]
-    try:
-        for new, (_, upto) in zip(made, known, strict=True):
-            new.ensure(upto)
-    except OffloadError:
-        for new in made:
-            new.release()
-        raise
-    for new, (records, upto) in zip(made, known, strict=True):
+    made = [(records.empty_like(len(indices)), upto) for records, upto in known]
+    take_room(made)
+    for (new, upto), (records, _) in zip(made, known, strict=True):
         records.become(new, indices, upto)

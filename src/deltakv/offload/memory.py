@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import weakref
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -153,6 +154,17 @@ class Records:
     def release(self) -> None:
         self._memory.release(self._slabs)
         self._slabs, self._starts, self.capacity = [], [], 0
+
+
+def take_room(wanted: Sequence[tuple[Records, int]]) -> None:
+    """Room for that many tokens in each of these empty records, or in none. Raises `OffloadError`."""
+    try:
+        for records, tokens in wanted:
+            records.ensure(tokens)
+    except OffloadError:
+        for records, _ in wanted:
+            records.release()
+        raise
 
 
 def pooled_bytes() -> int:

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltakv.errors import OffloadError
 from deltakv.offload.lanes import Lane, Lanes
-from deltakv.offload.memory import HostMemory, Records
+from deltakv.offload.memory import HostMemory, Records, take_room
 
 #: Weights begin at multiples of this, and host memory holds them in units of it.
 _UNIT = 256
@@ -38,16 +37,11 @@ class HostWeights:
         for place in self._places:
             lanes.load.keep(place)
         self._hosted = [Records(memory, 1, _UNIT) for _ in self._layers]
-        try:
-            for index, (weights, records) in enumerate(zip(self._layers, self._hosted, strict=True)):
-                records.ensure(self.nbytes // _UNIT)
-                for weight, view in zip(weights, self._views(index), strict=True):
-                    view.copy_(weight.detach())
-                self._copy(index, records, to_host=True)
-        except OffloadError:
-            for records in self._hosted:
-                records.release()
-            raise
+        take_room([(records, self.nbytes // _UNIT) for records in self._hosted])
+        for index, weights in enumerate(self._layers):
+            for weight, view in zip(weights, self._views(index), strict=True):
+                view.copy_(weight.detach())
+            self._copy(index, self._hosted[index], to_host=True)
         for index, weights in enumerate(self._layers):  # all are safe; from here on layers work with the places
             for weight, view in zip(weights, self._views(index), strict=True):
                 weight.data = view
