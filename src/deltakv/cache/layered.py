@@ -6,6 +6,7 @@ is one layer's, and leaves the pool with it. Rows count as if nothing were gone.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
@@ -90,9 +91,14 @@ class LayeredRows:
         """Gives up the pages that bool [rows, width] says and that are still there; pools that have come to stand
         mostly empty shrink."""
         kv = self.by_layer[layer]
-        for row, numbers in zip(kv.rows, dropped, strict=True):
-            kv.give_up(row, [at for at in numbers.nonzero().flatten().tolist() if row.pages[at] != GONE])
-        kv.shrink()
+        held = kv.held()[:, : dropped.shape[1]] != GONE
+        leaving = defaultdict(list)
+        for index, number in (dropped[:, : held.shape[1]] & held).nonzero().tolist():
+            leaving[index].append(number)
+        for index, numbers in leaving.items():
+            kv.give_up(index, numbers)
+        if leaving:
+            kv.shrink()
 
     def has_gone(self, layer: int) -> bool:
         """Whether a row of that layer has given up a page."""

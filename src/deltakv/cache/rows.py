@@ -70,6 +70,9 @@ class PagedKV:
     n_layers: layers that store here. page_size: tokens a page.
     """
 
+    # _table: int32 [rows, width], each row's pages, `GONE` where it has none; None if it must be made anew. _stale: the
+    # rows that have changed since, each from that place on.
+
     def __init__(self, n_layers: int, page_size: int) -> None:
         self.page_size = page_size
         self.pool = KVPool(n_layers, page_size)
@@ -77,6 +80,7 @@ class PagedKV:
         self._allocator = PageAllocator()
         self._ahead = 0
         self._table: Tensor | None = None
+        self._stale: dict[int, int] = {}
 
     def reserve(self, tokens: int) -> None:
         """Says how long rows are expected to get, so that each gets its pages side by side and at once."""
@@ -90,9 +94,9 @@ class PagedKV:
         past = [row.length for row in self.rows]
         lengths = [row.length + count for row, count in zip(self.rows, counts, strict=True)]
         self._make_room(lengths)
-        for row, old, new in zip(self.rows, past, lengths, strict=True):
+        for index, (old, new) in enumerate(zip(past, lengths, strict=True)):
             if new > old and old % self.page_size:
-                self._own_page(row, old // self.page_size)
+                self._own_page(index, old // self.page_size)
         size = self.page_size  # slots last, because a page of one's own may take a new layout of all rows
         slots = [
             [row.pages[token // size] * size + token % size for token in range(old, new)]
@@ -121,17 +125,21 @@ class PagedKV:
                 row.pages[used:] = ahead
                 self._table = None
 
-    def give_up(self, row: Row, numbers: list[int]) -> None:
+    def give_up(self, index: int, numbers: list[int]) -> None:
         """Pages of a row, by their place in it, that it will never read again; not its last one. They are free for
         others from now on."""
-        self._allocator.release([row.pages[number] for number in numbers])
+        pages = self.rows[index].pages
+        self._allocator.release([pages[number] for number in numbers])
         for number in numbers:
-            row.pages[number] = GONE
-        self._table = None
+            pages[number] = GONE
+        self._changed(index, min(numbers))
 
     def shrink(self) -> None:
         """Lays the rows out anew if pages that were given up have left the pool mostly empty."""
-        held = sum(len(_held(row.pages[: self._pages(row.length)])) for row in self.rows)
+        held = 0
+        for row in self.rows:
+            used = self._pages(row.length)
+            held += used - row.pages.count(GONE)  # what lies ahead is never gone
         if self.pool.n_pages > SPARE * (held + held // SPARE + len(self.rows)):
             self._ahead = 0
             self._lay_out([row.length for row in self.rows])
@@ -173,12 +181,27 @@ class PagedKV:
     def block_table(self, tokens: int | None = None) -> Tensor:
         """int32 [rows, 1, width] on the CPU, wide enough for rows of `tokens` tokens, or for all that they have room
         for; 0 where a row has no page, or none any more."""
+        table = self.held()
+        return (table if tokens is None else table[:, : self._pages(tokens)]).clamp_min(0)[:, None]
+
+    def held(self) -> Tensor:
+        """int32 [rows, width] on the CPU: the rows' pages, `GONE` where there is none. To be read at once: the next
+        step changes it."""
+        width = max(len(row.pages) for row in self.rows)
         if self._table is None:
-            width = max(len(row.pages) for row in self.rows)
-            self._table = torch.zeros((len(self.rows), 1, width), dtype=torch.int32)
-            for index, row in enumerate(self.rows):
-                self._table[index, 0, : len(row.pages)] = torch.tensor(row.pages, dtype=torch.int32).clamp_min_(0)
-        return self._table if tokens is None else self._table[:, :, : self._pages(tokens)]
+            self._table = torch.full((len(self.rows), width), GONE, dtype=torch.int32)
+            self._stale = dict.fromkeys(range(len(self.rows)), 0)
+        elif self._table.shape[1] < width:
+            self._table = torch.nn.functional.pad(self._table, (0, width - self._table.shape[1]), value=GONE)
+        for index, start in self._stale.items():
+            pages = self.rows[index].pages
+            self._table[index, start : len(pages)] = torch.tensor(pages[start:], dtype=torch.int32)
+        self._stale = {}
+        return self._table
+
+    def _changed(self, index: int, start: int) -> None:
+        """A row's pages from `start` on are others, and no fewer, than the table says."""
+        self._stale[index] = min(start, self._stale.get(index, start))
 
     @property
     def nbytes(self) -> int:
@@ -191,15 +214,17 @@ class PagedKV:
 
     def _make_room(self, lengths: list[int]) -> None:
         """Gives every row the pages for its new length."""
-        for row, length in zip(self.rows, lengths, strict=True):
-            if self._pages(length) > len(row.pages) and not self._extend(row, self._pages(length)):
+        for index, length in enumerate(lengths):
+            need = self._pages(length)
+            if need > len(self.rows[index].pages) and not self._extend(index, need):
                 self._lay_out(lengths)
                 return
 
-    def _extend(self, row: Row, need: int) -> bool:
+    def _extend(self, index: int, need: int) -> bool:
         """Up to `need` pages for one row, if the pool has them where they should be: for a new row, all that it is
         expected to need, side by side; for an old one, right behind those that it has. A row that shares pages
         (a beam) is in pieces anyway and takes what there is."""
+        row = self.rows[index]
         if not row.pages:
             pages = self._allocator.take(max(need, self._ahead))
         else:
@@ -209,8 +234,8 @@ class PagedKV:
                 pages = self._allocator.take(missing)
         if pages is None:
             return False
+        self._changed(index, len(row.pages))
         row.pages += pages
-        self._table = None
         return True
 
     def _lay_out(self, lengths: list[int], *, unshare: bool = False) -> None:
@@ -247,20 +272,21 @@ class PagedKV:
             self._allocator.share(_held(pages))
         self._table = None
 
-    def _own_page(self, row: Row, index: int) -> None:
-        """Before a row writes into a page that others read, it gets a copy of its own."""
-        page = row.pages[index]
+    def _own_page(self, index: int, number: int) -> None:
+        """Before a row writes into a page that others read, it gets a copy of its own. number: the page's place."""
+        row = self.rows[index]
+        page = row.pages[number]
         if not self._allocator.is_shared(page):
             return
         fresh = self._allocator.take(1)
         if fresh is None:
             self._lay_out([len(other.pages) * self.page_size for other in self.rows])
-            page, fresh = row.pages[index], self._allocator.take(1)
+            page, fresh = row.pages[number], self._allocator.take(1)
             assert fresh is not None, "a new layout with shared pages has pages to spare"
         self.pool.copy_pages([page], fresh)
         self._allocator.release([page])
-        row.pages[index] = fresh[0]
-        self._table = None
+        row.pages[number] = fresh[0]
+        self._changed(index, number)
 
 
 def _held(pages: list[int]) -> list[int]:

@@ -64,9 +64,10 @@ class EvictingCache(PagedCache):
         step = self.state.step
         super().commit()
         if step is not None and self.gives_up:
-            for layer, tally in step.memories.items():
-                if isinstance(tally, Tally) and tally.dropped.any():
-                    self.layered.drop(layer, tally.dropped.cpu())
+            dropped = {at: tally.dropped for at, tally in step.memories.items() if isinstance(tally, Tally)}
+            if dropped:  # the host waits for all layers at once; what had gone before is among it
+                for layer, numbers in zip(dropped, torch.stack(list(dropped.values())).cpu(), strict=True):
+                    self.layered.drop(layer, numbers)
 
     def rows_of(self, layer: int) -> list[Row]:
         return self.layered.by_layer[layer].rows

@@ -1,0 +1,168 @@
+"""Rows whose layers give up pages, against plain lists, over random sequences of operations."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+
+from deltakv.cache import PagedKV
+from deltakv.cache.layered import LayeredRows
+from deltakv.cache.rows import GONE
+from test_cache import PAGE, SETTINGS
+
+LAYERS = (3, 5)
+
+
+class HolesMachine(RuleBasedStateMachine):
+    """The model is a list of lists, the value of each token of each row, and for each layer and row the pages that are
+    gone. A layer stores the value plus its number in K, and its negative in V."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = LayeredRows(LAYERS, PAGE)
+        self.model: list[list[float]] = []
+        self.gone: dict[int, list[set[int]]] = {}
+        self.next_value = 1.0
+
+    def write(self, counts: list[int]) -> list[list[float]]:
+        """Begins a step and stores new values for it."""
+        self.rows.begin(counts)
+        first = self.next_value
+        self.next_value += sum(counts)
+        for layer in LAYERS:
+            slots = torch.tensor([slot for row in self.rows.appends[layer].slots for slot in row], dtype=torch.long)
+            assert len(set(slots.tolist())) == len(slots), "two tokens share a slot"
+            content = (torch.arange(sum(counts)) + first + layer)[:, None, None].expand(-1, 2, 4)
+            k, v = self.rows.pool.ensure_layer(layer, content.permute(1, 0, 2))
+            k[slots // PAGE, slots % PAGE] = content
+            v[slots // PAGE, slots % PAGE] = -content
+        values = iter(range(sum(counts)))
+        return [[first + next(values) for _ in range(count)] for count in counts]
+
+    def step(self, counts: list[int]) -> None:
+        values = self.write(counts)
+        self.rows.commit([len(row) + count for row, count in zip(self.model, counts, strict=True)])
+        for row, new in zip(self.model, values, strict=True):
+            row += new
+
+    @precondition(lambda self: not self.model)
+    @rule(counts=st.lists(st.integers(1, 150), min_size=1, max_size=4))
+    def first_step(self, counts: list[int]) -> None:
+        self.model = [[] for _ in counts]
+        self.gone = {layer: [set() for _ in counts] for layer in LAYERS}
+        self.step(counts)
+
+    @precondition(lambda self: self.model)
+    @rule(data=st.data())
+    def next_step(self, data: st.DataObject) -> None:
+        size = len(self.model)
+        self.step(data.draw(st.lists(st.integers(0, 40), min_size=size, max_size=size)))
+
+    @precondition(lambda self: self.model)
+    @rule(data=st.data())
+    def step_that_fails(self, data: st.DataObject) -> None:
+        size = len(self.model)
+        self.write(data.draw(st.lists(st.integers(0, 40), min_size=size, max_size=size)))
+
+    @precondition(lambda self: self.model)
+    @rule(data=st.data(), layer=st.sampled_from(LAYERS), wider=st.integers(0, 3))
+    def drop(self, data: st.DataObject, layer: int, wider: int) -> None:
+        """Any pages but a row's last one; what is gone already is said again, as tallies do."""
+        last = [max(len(row) - 1, 0) // PAGE for row in self.model]
+        dropped = torch.zeros((len(self.model), max(last) + 1 + wider), dtype=torch.bool)
+        for index, (pages, gone) in enumerate(zip(last, self.gone[layer], strict=True)):
+            gone |= set(data.draw(st.lists(st.integers(0, pages - 1), max_size=pages)) if pages else [])
+            dropped[index, sorted(gone)] = True
+        self.rows.drop(layer, dropped)
+
+    @precondition(lambda self: self.model)
+    @rule(data=st.data())
+    def rearrange(self, data: st.DataObject) -> None:
+        indices = data.draw(st.lists(st.integers(0, len(self.model) - 1), min_size=1, max_size=5))
+        self.rows.rearrange(indices)
+        self.model = [list(self.model[index]) for index in indices]
+        self.gone = {layer: [set(gone[index]) for index in indices] for layer, gone in self.gone.items()}
+
+    @precondition(lambda self: self.model)
+    @rule(data=st.data())
+    def truncate(self, data: st.DataObject) -> None:
+        """Not so far that a row's last page is one that is gone: the cache refuses that."""
+        lengths = []
+        for index, row in enumerate(self.model):
+            holes = [page for gone in self.gone.values() for page in gone[index]]
+            lengths.append(data.draw(st.integers(min((max(holes, default=-1) + 1) * PAGE + 1, len(row)), len(row))))
+        self.rows.truncate(lengths)
+        self.model = [row[:length] for row, length in zip(self.model, lengths, strict=True)]
+
+    @precondition(lambda self: self.model)
+    @rule()
+    def unshare(self) -> None:
+        self.rows.unshare()
+
+    @precondition(lambda self: self.model)
+    @invariant()
+    def content(self) -> None:
+        for layer in LAYERS:
+            kv = self.rows.by_layer[layer]
+            held = kv.held().clone()
+            table = kv.block_table()
+            assert torch.equal(table[:, 0], held.clamp_min(0))
+            k, v = self.rows.pool.layer(layer)
+            for index, (row, gone) in enumerate(zip(self.model, self.gone[layer], strict=True)):
+                assert (held[index, len(kv.rows[index].pages) :] == GONE).all()
+                assert {page for page in range(-(-len(row) // PAGE)) if held[index, page] == GONE} == gone
+                at = torch.tensor([token for token in range(len(row)) if token // PAGE not in gone], dtype=torch.long)
+                pages, values = table[index, 0, at // PAGE].long(), torch.tensor(row)[at] + layer
+                assert torch.equal(k[pages, at % PAGE], values[:, None, None].expand(-1, 2, 4))
+                assert torch.equal(v[pages, at % PAGE], -values[:, None, None].expand(-1, 2, 4))
+
+    @precondition(lambda self: self.model)
+    @invariant()
+    def pages(self) -> None:
+        """Every page has exactly the users that rows say, so what was given up is free."""
+        for kv in self.rows.by_layer.values():
+            users = [page for row in kv.rows for page in row.pages if page != GONE]
+            assert kv._allocator.n_used == len(set(users))
+            assert all(kv._allocator.is_shared(page) == (users.count(page) > 1) for page in set(users))
+
+
+def test_rows_with_holes() -> None:
+    run_state_machine_as_test(HolesMachine, settings=SETTINGS)
+
+
+def test_changes_between_two_looks_come_together() -> None:
+    kv = PagedKV(1, PAGE)
+    kv.commit(kv.begin([5 * PAGE, 3 * PAGE]).lengths)
+    kv.block_table()
+    kv.give_up(0, [1])
+    kv.give_up(0, [3])
+    kv.commit(kv.begin([PAGE, 1]).lengths)
+    want = [row.pages + [GONE] * (6 - len(row.pages)) for row in kv.rows]
+    assert [page == GONE for page in want[0]] == [False, True, False, True, False, False]
+    assert kv.held().tolist() == want
+
+
+def test_rows_of_a_table_that_has_grown_wider_end_where_they_did() -> None:
+    kv = PagedKV(1, PAGE)
+    kv.commit(kv.begin([PAGE, 2 * PAGE]).lengths)
+    kv.block_table()
+    kv.commit(kv.begin([0, PAGE]).lengths)
+    assert kv.held()[0].tolist() == [kv.rows[0].pages[0], GONE, GONE]
+
+
+@pytest.mark.parametrize("dropped", [[], [0], [2, 3]])
+def test_a_table_that_was_handed_out_stays_as_it_was(dropped: list[int]) -> None:
+    """A step reads it on the device while the next one is laid out."""
+    kv = PagedKV(1, PAGE)
+    kv.begin([5 * PAGE, 3 * PAGE])
+    kv.pool.ensure_layer(0, torch.zeros(1, 1, 4))
+    kv.commit([5 * PAGE, 3 * PAGE])
+    table = kv.block_table()
+    before = table.clone()
+    if dropped:
+        kv.give_up(0, dropped)
+    kv.begin([40, 1])
+    kv.block_table()
+    assert torch.equal(table, before)
