@@ -36,7 +36,8 @@ def timeline_plot(
 ) -> None:
     """Some layers of each timeline, one below the other on one scale of time. headline: None compares the last with the
     first. path: a .png, .svg or .pdf file."""
-    figure = new_figure(11, 1.6 + 1.3 * len(timelines))
+    height = 1.6 + 1.3 * len(timelines)
+    figure = new_figure(11, height)
     panels = figure.subplots(len(timelines), 1, sharex=True, squeeze=False)[:, 0]
     for axis, (name, timeline) in zip(panels, timelines, strict=True):
         _lanes(axis, timeline)
@@ -49,7 +50,7 @@ def timeline_plot(
     if headline is None:
         headline = f"{timelines[-1][0]}: {ratio:.2f}x the speed of {timelines[0][0]}"
     figure.suptitle(f"{headline}\n", x=0.01, ha="left", fontsize=13, fontweight="bold", color=INK)
-    figure.text(0.01, 0.93, title, fontsize=8, color=MUTED, va="top")
+    figure.text(0.01, 1 - 0.36 / height, title, fontsize=8, color=MUTED, va="top")  # in the line left below: inches
     figure.savefig(path, dpi=150)
 
 
