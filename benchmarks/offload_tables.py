@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from markdown_tables import grid
+
+RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def offload_table(name: str, data: dict[str, Any]) -> str:
@@ -34,7 +37,9 @@ def offload_table(name: str, data: dict[str, Any]) -> str:
     batch = f"batch {data['batch']}"
     if data["batches"] > 1:
         batch = f"{data['batches']} batches of {data['batch']}, weights in host memory"
-    title = f"**{_model(data)}, {batch}, {data['context']:,} tokens** ([picture](results/{name}.png))"
+    title = f"**{_model(data)}, {batch}, {data['context']:,} tokens**"
+    if (RESULTS / f"{name}.png").exists():
+        title += f" ([picture](results/{name}.png))"
     headings = (
         "variant | ms a step | to overlapped | predicted, ms | off by | recomputed | GB/s | of the bus | GPU busy"
     )

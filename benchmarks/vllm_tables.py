@@ -67,10 +67,11 @@ def pair_table(data: dict[str, Any]) -> str:
     names = [name for name in ("stock", "delta", "local") if name in equal]
     rows = [
         [f"{context:,}", *(f"{equal[name]['median'][at]:.4f} ({equal[name]['steps'][at]})" for name in names)]
+        + [f"{equal['delta']['median'][at] / equal['stock']['median'][at]:.2f}x"]
         for at, context in enumerate(equal["stock"]["contexts"])
     ]
     title = "**Two GPUs against one**: the largest difference of a log-probability, median over steps (how many)"
-    return grid(title, "context | " + " | ".join(names), rows)
+    return grid(title, "context | " + " | ".join(names) + " | delta to stock", rows)
 
 
 def beside_table(data: dict[str, Any]) -> str:
