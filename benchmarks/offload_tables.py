@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from markdown_tables import grid
 
-RESULTS = Path(__file__).resolve().parent / "results"
 
-
-def offload_table(name: str, data: dict[str, Any]) -> str:
+def offload_table(data: dict[str, Any], picture: str = "") -> str:
     """One run of `bench offload`: every variant beside the overlapped transfer of all K and V, and beside what was
-    predicted of it."""
+    predicted of it. picture: where it is, if there is one."""
     results = data["results"]
     plain = next((row["step_seconds"] for row in results if row["variant"] == "overlapped"), None)
     rows = []
@@ -38,8 +35,8 @@ def offload_table(name: str, data: dict[str, Any]) -> str:
     if data["batches"] > 1:
         batch = f"{data['batches']} batches of {data['batch']}, weights in host memory"
     title = f"**{_model(data)}, {batch}, {data['context']:,} tokens**"
-    if (RESULTS / f"{name}.png").exists():
-        title += f" ([picture](results/{name}.png))"
+    if picture:
+        title += f" ([picture]({picture}))"
     headings = (
         "variant | ms a step | to overlapped | predicted, ms | off by | recomputed | GB/s | of the bus | GPU busy"
     )

@@ -65,11 +65,12 @@ def pair_table(data: dict[str, Any]) -> str:
     """One run of vllm_tp.py."""
     equal = data["equal"]
     names = [name for name in ("stock", "delta", "local") if name in equal]
-    rows = [
-        [f"{context:,}", *(f"{equal[name]['median'][at]:.4f} ({equal[name]['steps'][at]})" for name in names)]
-        + [f"{equal['delta']['median'][at] / equal['stock']['median'][at]:.2f}x"]
-        for at, context in enumerate(equal["stock"]["contexts"])
-    ]
+    rows = []
+    for at, context in enumerate(equal["stock"]["contexts"]):
+        medians = {name: equal[name]["median"][at] for name in names}
+        rows.append([f"{context:,}"])
+        rows[-1] += [f"{medians[name]:.4f} ({equal[name]['steps'][at]})" for name in names]
+        rows[-1].append(f"{medians['delta'] / medians['stock']:.2f}x")
     title = "**Two GPUs against one**: the largest difference of a log-probability, median over steps (how many)"
     return grid(title, "context | " + " | ".join(names) + " | delta to stock", rows)
 

@@ -111,6 +111,8 @@ def test_a_run_of_bench_offload(tables: Any) -> None:
         tables, "x9-offload", bench="offload", batch=4, batches=1, context=1000, pin_seconds=2.0, pinned_bytes=5e9,
         results=[result.numbers() for result in results],
     )  # fmt: skip
+    assert "**opt-1b, 3 layers, batch 4, 1,000 tokens**\n" in tables.offload()
+    (tables.HERE / "results" / "x9-offload.png").touch()
     text = tables.offload()
     assert "**opt-1b, 3 layers, batch 4, 1,000 tokens** ([picture](results/x9-offload.png))" in text
     lines = {line.split(" | ")[0][2:]: line for line in text.splitlines() if line.startswith("| ")}
