@@ -206,8 +206,8 @@ class PagedKV:
     @property
     def nbytes(self) -> int:
         """Bytes of the pages that hold tokens, shared ones once, over all layers, K and V."""
-        used = {page for row in self.rows for page in _held(row.pages[: self._pages(row.length)])}
-        return len(used) * self.pool.bytes_a_page()
+        ahead = sum(len(row.pages) - self._pages(row.length) for row in self.rows)  # never shared
+        return (self._allocator.n_used - ahead) * self.pool.bytes_a_page()
 
     def _pages(self, tokens: int) -> int:
         return -(-tokens // self.page_size)
@@ -223,14 +223,14 @@ class PagedKV:
     def _extend(self, index: int, need: int) -> bool:
         """Up to `need` pages for one row, if the pool has them where they should be: for a new row, all that it is
         expected to need, side by side; for an old one, right behind those that it has. A row that shares pages
-        (a beam) is in pieces anyway and takes what there is."""
+        (a beam) or has given some up is in pieces anyway and takes what there is."""
         row = self.rows[index]
         if not row.pages:
             pages = self._allocator.take(max(need, self._ahead))
         else:
             missing = need - len(row.pages)
             pages = self._allocator.take_after(row.pages[-1], missing)
-            if pages is None and any(self._allocator.is_shared(page) for page in _held(row.pages)):
+            if pages is None and (GONE in row.pages or any(map(self._allocator.is_shared, row.pages))):
                 pages = self._allocator.take(missing)
         if pages is None:
             return False
