@@ -87,6 +87,7 @@ def configured() -> None:
     assert not said(lambda: _check_model(model())) and not said(lambda: _check_engine(engine()))
     assert "encoder-decoder" in said(lambda: _check_model(model(is_encoder_decoder=True)))
     assert "--enable-dbo" in said(lambda: _check_engine(engine(enable_dbo=True)))
+    assert "--ubatch-size" in said(lambda: _check_engine(engine(ubatch_size=2)))
     assert "--prefill-context-parallel-size 1" in said(lambda: _check_engine(engine(prefill_context_parallel_size=2)))
     print("as expected")
 

@@ -6,6 +6,7 @@ import importlib.metadata
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from harness import ENVIRONMENT, SPARSE, Driver, EngineError, ask, prompt
 
 from deltakv.config import Delta
 from deltakv.errors import ConfigError, PlanError
+from deltakv.integrations.vllm.plugin import register
 from deltakv.integrations.vllm.settings import Settings, settings_of
 from deltakv.integrations.vllm.versions import CHECKED_ON_GPU, advice, is_checked
 from deltakv.methods import SoftmaxStats, from_plan, selector
@@ -34,6 +36,20 @@ def test_on_a_gpu_fewer_versions_are_checked() -> None:
     assert is_checked("0.26.0", CHECKED_ON_GPU) and is_checked("0.27.1", CHECKED_ON_GPU)
     assert not is_checked("0.32.0", CHECKED_ON_GPU)
     assert "vLLM 0.32.0 on a GPU" in advice("0.32.0", CHECKED_ON_GPU)
+
+
+def test_a_vllm_that_has_moved_its_registry_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for version in ("0.40.0", "0.27.1"):
+        other = ModuleType("vllm")
+        other.__version__ = version  # type: ignore[attr-defined]
+        for name in [name for name in sys.modules if name.startswith("vllm.")]:
+            monkeypatch.delitem(sys.modules, name)
+        monkeypatch.setitem(sys.modules, "vllm", other)
+        if not is_checked(version):
+            register()
+            continue
+        with pytest.raises(ImportError):
+            register()
 
 
 @pytest.mark.parametrize("asked", [None, {}, {"gdn_prefill_backend": "triton"}, object()])

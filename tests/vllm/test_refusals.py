@@ -117,4 +117,7 @@ def test_what_goes_together_passes(engines: Driver, tiny: str, tmp_path: Path) -
     assert engines.check(tiny, {**SPARSE, "plan": "WFSRWWWW"}, pipeline_parallel_size=2) == "WFSRWWWW"
     assert engines.check(tiny, {"algorithm": "full"}) == "F" * 8
     windows = {**SMALL, "sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"] * 4}
-    assert engines.check(save_config(tmp_path, "Qwen2", **windows, use_sliding_window=True), SPARSE) == "FFSS"
+    half = save_config(tmp_path, "Qwen2", **windows, use_sliding_window=True)
+    assert engines.check(half, {**SPARSE, "plan": "FSRR"}) == "FSRR"
+    with pytest.raises(EngineError, match=r"plan=FFSS has no layer that attends to a pick .* the 4 layers without"):
+        engines.check(half, SPARSE)

@@ -59,6 +59,8 @@ def test_without_vllm_the_extra_is_named(tiny: str) -> None:
         (["--kv-cache-dtype", "fp8"], ("--kv-cache-dtype fp8",)),
         (["--headless"], ("one API server", "--dry-run")),
         (["--api-server-count", "2"], ("one API server", "--api-server-count")),
+        (["--grpc"], ("one API server", "leave out --grpc")),
+        (["--additional-config.other", "1"], ("one JSON object",)),
     ],
 )
 def test_refused_by_vllm_or_with_it(tiny: str, arguments: list[str], said: tuple[str, ...]) -> None:
@@ -74,6 +76,20 @@ def test_a_vllm_that_would_not_load_deltakv_is_not_started(tiny: str, monkeypatc
         refused(serve(tiny), f"VLLM_PLUGINS={allowed} keeps vLLM from loading deltakv", "unset it")
     monkeypatch.setenv("VLLM_PLUGINS", "others,deltakv")
     assert serve(tiny, "--dry-run").returncode == 0
+
+
+def test_another_vllm_is_refused_before_it_is_asked_for_anything(tiny: str) -> None:
+    """It may have moved what the server is made of."""
+    moved = "import vllm; vllm.__version__ = '0.33.1'; sys.modules['vllm.engine.arg_utils'] = None"
+    refused(serve(tiny, before=moved), "not checked on vLLM 0.33.1", "0.27.1")
+
+
+def test_no_time_to_shut_down_is_what_was_asked_for(tiny: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("shutdown-timeout: 0\n")
+    for given in (["--shutdown-timeout", "0"], ["--config", str(tmp_path / "config.yaml")]):
+        done = serve(tiny, "--dry-run", *given)
+        assert done.returncode == 0 and "--shutdown-timeout 60" not in done.stdout, done.stderr
+    assert "--shutdown-timeout 60" in serve(tiny, "--dry-run").stdout
 
 
 def test_the_command(tiny: str) -> None:

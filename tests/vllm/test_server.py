@@ -106,7 +106,7 @@ def test_sixteen_requests_at_once_get_what_each_gets_alone(server: Server) -> No
     client = server.client()
 
     def complete(number: int) -> str:
-        prompt = f"{STORY[: 400 + 40 * (number % 8)]} Day {number % 8}:"
+        prompt = f"{STORY[: 900 + 40 * (number % 8)]} Day {number % 8}:"
         return client.completions.create(model="smollm2", prompt=prompt, max_tokens=6, temperature=0).choices[0].text
 
     with ThreadPoolExecutor(16) as pool:
@@ -169,11 +169,12 @@ def test_sigterm_during_a_request_lets_it_finish(server: Server) -> None:
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(
             client.completions.create,
-            model="smollm2", prompt=STORY, max_tokens=12, temperature=0, extra_body={"ignore_eos": True},
+            model="smollm2", prompt=STORY, max_tokens=48, temperature=0, extra_body={"ignore_eos": True},
         )  # fmt: skip
         deadline = time.monotonic() + 60
         while not running_requests(server) and time.monotonic() < deadline:
             time.sleep(0.05)
+        assert not answer.done() and time.monotonic() < deadline, "no request was seen running"
         server.process.send_signal(signal.SIGTERM)
         completed = answer.result(120)
     assert completed.choices[0].finish_reason == "length"

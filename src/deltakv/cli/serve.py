@@ -42,6 +42,9 @@ def serve(
     environment = dict(os.environ)
     os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
     with options.status("checking"):
+        from deltakv.integrations.vllm import versions
+
+        versions.require()
         from deltakv.integrations.vllm import server
 
         command = server.command(path, model, settings, context.args)

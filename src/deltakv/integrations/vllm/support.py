@@ -14,7 +14,7 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-from deltakv.config import PAGE_SIZES
+from deltakv.config import PAGE_SIZES, Full
 from deltakv.errors import PlanError, UnsupportedModelError, UnsupportedUseError
 from deltakv.integrations.vllm.layout import Layout
 from deltakv.integrations.vllm.ranks import NO_NCCL
@@ -99,8 +99,10 @@ def _check_engine(config: VllmConfig) -> None:
             "speculative decoding is not supported: its verification reads several tokens a row, which would run in "
             "full attention; leave out --speculative-config"
         )
-    if parallel.enable_dbo:
-        raise UnsupportedUseError("--enable-dbo splits a batch in two, each with picks of its own; leave it out")
+    if parallel.enable_dbo or getattr(parallel, "ubatch_size", 0) > 1:
+        raise UnsupportedUseError(
+            "--enable-dbo and --ubatch-size split a batch, each part with picks of its own; leave them out"
+        )
 
 
 def _check_ranks(config: VllmConfig, settings: Settings) -> None:
@@ -128,6 +130,11 @@ def _layout(config: VllmConfig, settings: Settings) -> Layout:
     planned = planned_layers(config.model_config)
     plan = settings.method.layer_plan(len(planned))
     plan.check_made_for(model_fingerprint(config.model_config.hf_text_config))
+    if settings.method.algorithm != Full.algorithm and not {Role.REUSE, Role.WINDOW} & set(plan.roles):
+        raise PlanError(
+            f"plan={plan} has no layer that attends to a pick ('R') or to a window ('W'), so nothing would be saved; "
+            f"give another plan for the {len(planned)} layers without a sliding window, or leave deltakv out"
+        )
     layout = Layout.of(settings, plan, planned)
     stages, depth = config.parallel_config.pipeline_parallel_size, config.model_config.hf_text_config.num_hidden_layers
     lost: dict[int, str] = {}  # the first layer of each stage that has no pick, and where that is

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+from deltakv.errors import UnsupportedUseError
+
 #: Minor releases whose attention interface is tested against, each with its first good patch release.
 CHECKED = {(0, 26): 0, (0, 27): 1, (0, 32): 0}
 
@@ -19,6 +21,15 @@ def is_checked(version: str, checked: Mapping[tuple[int, int], int] = CHECKED) -
         return False
     major, minor, patch = map(int, found.groups())
     return patch >= checked.get((major, minor), patch + 1)
+
+
+def require() -> None:
+    """Raises `UnsupportedUseError` on a vLLM that is not checked: before anything of it is asked for that it may have
+    moved."""
+    import vllm
+
+    if not is_checked(vllm.__version__):
+        raise UnsupportedUseError(advice(vllm.__version__))
 
 
 def advice(version: str, checked: Mapping[tuple[int, int], int] = CHECKED) -> str:
