@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -255,7 +256,8 @@ def backend() -> None:
     assert SparseGPUBuilder.reorder_batch_threshold == 1 and not SparseGPUBuilder.supports_update_block_table
     assert not SparseGPUBuilder.use_cascade_attention(None, 4096)
     sizes = [SparseGPUBackend.supports_head_size(size) for size in (64, 128, 256, 257, 512)]
-    assert sizes == [True, True, True, False, False]
+    assert sizes == [True, True, True, False, False] and not SparseGPUBackend.supports_mm_prefix()
+    _one_group_of_both_kinds(gpu)
     gpu.importlib.util.find_spec = lambda _: None
     try:
         SparseGPUBackend.get_impl_cls()
@@ -264,6 +266,21 @@ def backend() -> None:
     else:
         raise AssertionError("not refused")
     print("as expected")
+
+
+def _one_group_of_both_kinds(gpu: Any) -> None:
+    """One metadata cannot serve a layer that is in the plan and one that is not."""
+    from deltakv.errors import UnsupportedModelError
+
+    layout = SimpleNamespace(roles={"layers.1": None})
+    parent = patch.object(gpu.SparseGPUBuilder.__mro__[1], "__init__", lambda *_: None)
+    with parent, patch.multiple(gpu, check=lambda *_: layout, loaded_layout=lambda *_: layout):
+        try:
+            gpu.SparseGPUBuilder(None, ["layers.0", "layers.1"], None, torch.device("cpu"))
+        except UnsupportedModelError as error:
+            assert "one metadata for layers.1" in str(error) and "leave deltakv out" in str(error)
+        else:
+            raise AssertionError("not refused")
 
 
 def figures() -> None:

@@ -60,6 +60,7 @@ def test_without_vllm_the_extra_is_named(tiny: str) -> None:
         (["--headless"], ("one API server", "--dry-run")),
         (["--api-server-count", "2"], ("one API server", "--api-server-count")),
         (["--grpc"], ("one API server", "leave out --grpc")),
+        (["--data-parallel-multi-port-external-lb", "-dp", "2", "-dpl", "2"], ("leave out --data-parallel-multi",)),
         (["--additional-config.other", "1"], ("one JSON object",)),
     ],
 )
@@ -75,6 +76,9 @@ def test_a_vllm_that_would_not_load_deltakv_is_not_started(tiny: str, monkeypatc
         monkeypatch.setenv("VLLM_PLUGINS", allowed)
         refused(serve(tiny), f"VLLM_PLUGINS={allowed} keeps vLLM from loading deltakv", "unset it")
     monkeypatch.setenv("VLLM_PLUGINS", "others,deltakv")
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+    refused(serve(tiny), "leave out VLLM_USE_RUST_FRONTEND")
+    monkeypatch.delenv("VLLM_USE_RUST_FRONTEND")
     assert serve(tiny, "--dry-run").returncode == 0
 
 
