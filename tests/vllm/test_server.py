@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -41,7 +42,9 @@ class Server:
         environment = {**os.environ, **ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
         self.log = log
         with log.open("w") as file:
-            self.process = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
+            self.process = subprocess.Popen(
+                command, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            )
 
     def wait(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
@@ -52,6 +55,20 @@ class Server:
             except (urllib.error.URLError, OSError):
                 time.sleep(0.5)
         pytest.fail(f"the server did not start:\n{self.log.read_text()[-4000:]}")
+
+    def kill(self) -> None:
+        """With its engine, which would outlive it."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def alone(self) -> bool:
+        """Whether nothing that the server started is left."""
+        try:
+            os.killpg(self.process.pid, 0)
+        except ProcessLookupError:
+            return True
+        return False
 
     def client(self) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none", max_retries=0, timeout=240)
@@ -65,8 +82,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         running.wait(240)
         yield running
     finally:
-        running.process.kill()
-        running.process.wait()
+        running.kill()
 
 
 def test_chat(server: Server) -> None:
@@ -179,3 +195,7 @@ def test_sigterm_during_a_request_lets_it_finish(server: Server) -> None:
         completed = answer.result(120)
     assert completed.choices[0].finish_reason == "length"
     assert server.process.wait(120) == 0
+    deadline = time.monotonic() + 30
+    while not server.alone() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert server.alone(), "the engine has outlived the server"
