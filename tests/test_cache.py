@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -20,17 +17,9 @@ from hypothesis.stateful import (
 from deltakv.cache import PagedKV
 from deltakv.cache.allocator import PageAllocator
 from deltakv.cache.pool import KVPool
+from rows_machine import PAGE, SETTINGS, StoredRows
 
-PAGE = 16
 LAYERS = 2
-SETTINGS = settings(
-    max_examples=100,
-    stateful_step_count=30,
-    deadline=None,
-    derandomize=True,
-    report_multiple_bugs=False,
-    suppress_health_check=list(HealthCheck),
-)
 
 
 class AllocatorMachine(RuleBasedStateMachine):
@@ -105,67 +94,11 @@ def test_releasing_a_free_page_is_an_error() -> None:
         allocator.release(pages)
 
 
-class RowsMachine(RuleBasedStateMachine):
-    """The model is a list of lists: the value of each token of each row, which K and V hold, too.
-
-    Layer l stores value + l / 10 in K and its negative in V, so that rows, tokens, layers, K and V cannot be mixed up.
-    """
+class RowsMachine(StoredRows):
+    """Of layers that share their pages' numbers."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.kv = PagedKV(LAYERS, PAGE)
-        self.model: list[list[float]] = []
-        self.next_value = 1.0
-        self.reserved = 0
-
-    def write(self, counts: list[int]) -> Any:
-        """Begins a step and stores new values for it; returns the step and the values."""
-        step = self.kv.begin(counts)
-        values = []
-        for slots in step.slots:
-            values.append([self.next_value + index for index in range(len(slots))])
-            self.next_value += len(slots)
-        flat = torch.tensor([value for row in values for value in row])
-        slots = torch.tensor([slot for row in step.slots for slot in row], dtype=torch.long)
-        assert len(set(slots.tolist())) == len(slots), "two tokens share a slot"
-        for layer in range(LAYERS):
-            content = (flat + layer / 10)[:, None, None].expand(-1, 2, 4)
-            k, v = self.kv.pool.ensure_layer(layer, content.permute(1, 0, 2))
-            k[slots // PAGE, slots % PAGE] = content
-            v[slots // PAGE, slots % PAGE] = -content
-        return step, values
-
-    @precondition(lambda self: not self.model)
-    @rule(counts=st.lists(st.integers(0, 70), min_size=1, max_size=4))
-    def first_step(self, counts: list[int]) -> None:
-        self.model = [[] for _ in counts]
-        self.step(counts)
-
-    @precondition(lambda self: self.model)
-    @rule(data=st.data())
-    def next_step(self, data: st.DataObject) -> None:
-        size = len(self.model)
-        self.step(data.draw(st.lists(st.integers(0, 40), min_size=size, max_size=size)))
-
-    @precondition(lambda self: self.model)
-    @rule()
-    def decode(self) -> None:
-        self.step([1] * len(self.model))
-
-    def step(self, counts: list[int]) -> None:
-        step, values = self.write(counts)
-        assert step.past == [len(row) for row in self.model]
-        assert step.lengths == [len(row) + count for row, count in zip(self.model, counts, strict=True)]
-        self.kv.commit(step.lengths)
-        for row, new in zip(self.model, values, strict=True):
-            row += new
-
-    @precondition(lambda self: self.model)
-    @rule(data=st.data())
-    def step_that_fails(self, data: st.DataObject) -> None:
-        """Begun and stored, but never committed."""
-        size = len(self.model)
-        self.write(data.draw(st.lists(st.integers(0, 40), min_size=size, max_size=size)))
+        super().__init__(PagedKV(LAYERS, PAGE), range(LAYERS))
 
     @precondition(lambda self: self.model)
     @rule(data=st.data())
@@ -174,19 +107,7 @@ class RowsMachine(RuleBasedStateMachine):
         self.kv.truncate(lengths)
         self.model = [row[:length] for row, length in zip(self.model, lengths, strict=True)]
 
-    @precondition(lambda self: self.model)
-    @rule(data=st.data())
-    def rearrange(self, data: st.DataObject) -> None:
-        """Beams: rows doubled, dropped, in any order."""
-        choice = st.integers(0, len(self.model) - 1)
-        indices = data.draw(st.lists(choice, min_size=1, max_size=5))
-        self.kv.rearrange(indices)
-        self.model = [list(self.model[index]) for index in indices]
-
-    @precondition(lambda self: self.model)
-    @rule()
-    def unshare(self) -> None:
-        self.kv.unshare()
+    def unshared(self) -> None:
         pages = [page for row in self.kv.rows for page in row.pages]
         assert len(set(pages)) == len(pages)
 
@@ -208,7 +129,7 @@ class RowsMachine(RuleBasedStateMachine):
         table = self.kv.block_table(max(len(row) for row in self.model))
         for index, row in enumerate(self.model):
             for layer in range(LAYERS):
-                want = (torch.tensor(row) + layer / 10)[:, None, None].expand(-1, 2, 4)
+                want = self.written(torch.tensor(row), layer)
                 k, v = (pool[table[index, 0].long()].flatten(0, 1) for pool in self.kv.pool.layer(layer))
                 assert torch.equal(k[: len(row)], want) and torch.equal(v[: len(row)], -want)
 

@@ -2,69 +2,35 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import invariant, precondition, rule, run_state_machine_as_test
 
 from deltakv.cache import PagedKV
 from deltakv.cache.layered import LayeredRows
 from deltakv.cache.rows import GONE
-from test_cache import PAGE, SETTINGS
+from rows_machine import PAGE, SETTINGS, StoredRows
 
 LAYERS = (3, 5)
 
 
-class HolesMachine(RuleBasedStateMachine):
-    """The model is a list of lists, the value of each token of each row, and for each layer and row the pages that are
-    gone. A layer stores the value plus its number in K, and its negative in V."""
+class HolesMachine(StoredRows):
+    """Beside the values the model has, for each layer and row, the pages that are gone."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.rows = LayeredRows(LAYERS, PAGE)
-        self.model: list[list[float]] = []
-        self.gone: dict[int, list[set[int]]] = {}
-        self.next_value = 1.0
+        super().__init__(LayeredRows(LAYERS, PAGE), LAYERS)
+        self.gone: dict[int, list[set[int]]] = {layer: [] for layer in LAYERS}
 
-    def write(self, counts: list[int]) -> list[list[float]]:
-        """Begins a step and stores new values for it."""
-        self.rows.begin(counts)
-        first = self.next_value
-        self.next_value += sum(counts)
-        for layer in LAYERS:
-            slots = torch.tensor([slot for row in self.rows.appends[layer].slots for slot in row], dtype=torch.long)
-            assert len(set(slots.tolist())) == len(slots), "two tokens share a slot"
-            content = (torch.arange(sum(counts)) + first + layer)[:, None, None].expand(-1, 2, 4)
-            k, v = self.rows.pool.ensure_layer(layer, content.permute(1, 0, 2))
-            k[slots // PAGE, slots % PAGE] = content
-            v[slots // PAGE, slots % PAGE] = -content
-        values = iter(range(sum(counts)))
-        return [[first + next(values) for _ in range(count)] for count in counts]
+    def slots(self, step: Any, layer: int) -> list[list[int]]:
+        return self.kv.appends[layer].slots  # type: ignore[no-any-return]
 
     def step(self, counts: list[int]) -> None:
-        values = self.write(counts)
-        self.rows.commit([len(row) + count for row, count in zip(self.model, counts, strict=True)])
-        for row, new in zip(self.model, values, strict=True):
-            row += new
-
-    @precondition(lambda self: not self.model)
-    @rule(counts=st.lists(st.integers(1, 150), min_size=1, max_size=4))
-    def first_step(self, counts: list[int]) -> None:
-        self.model = [[] for _ in counts]
-        self.gone = {layer: [set() for _ in counts] for layer in LAYERS}
-        self.step(counts)
-
-    @precondition(lambda self: self.model)
-    @rule(data=st.data())
-    def next_step(self, data: st.DataObject) -> None:
-        size = len(self.model)
-        self.step(data.draw(st.lists(st.integers(0, 40), min_size=size, max_size=size)))
-
-    @precondition(lambda self: self.model)
-    @rule(data=st.data())
-    def step_that_fails(self, data: st.DataObject) -> None:
-        size = len(self.model)
-        self.write(data.draw(st.lists(st.integers(0, 40), min_size=size, max_size=size)))
+        for gone in self.gone.values():
+            gone += [set() for _ in self.model[len(gone) :]]
+        super().step(counts)
 
     @precondition(lambda self: self.model)
     @rule(data=st.data(), layer=st.sampled_from(LAYERS), wider=st.integers(0, 3))
@@ -75,14 +41,9 @@ class HolesMachine(RuleBasedStateMachine):
         for index, (pages, gone) in enumerate(zip(last, self.gone[layer], strict=True)):
             gone |= set(data.draw(st.lists(st.integers(0, pages - 1), max_size=pages)) if pages else [])
             dropped[index, sorted(gone)] = True
-        self.rows.drop(layer, dropped)
+        self.kv.drop(layer, dropped)
 
-    @precondition(lambda self: self.model)
-    @rule(data=st.data())
-    def rearrange(self, data: st.DataObject) -> None:
-        indices = data.draw(st.lists(st.integers(0, len(self.model) - 1), min_size=1, max_size=5))
-        self.rows.rearrange(indices)
-        self.model = [list(self.model[index]) for index in indices]
+    def rearranged(self, indices: list[int]) -> None:
         self.gone = {layer: [set(gone[index]) for index in indices] for layer, gone in self.gone.items()}
 
     @precondition(lambda self: self.model)
@@ -93,38 +54,34 @@ class HolesMachine(RuleBasedStateMachine):
         for index, row in enumerate(self.model):
             holes = [page for gone in self.gone.values() for page in gone[index]]
             lengths.append(data.draw(st.integers(min((max(holes, default=-1) + 1) * PAGE + 1, len(row)), len(row))))
-        self.rows.truncate(lengths)
+        self.kv.truncate(lengths)
         self.model = [row[:length] for row, length in zip(self.model, lengths, strict=True)]
 
-    @precondition(lambda self: self.model)
-    @rule()
-    def unshare(self) -> None:
-        self.rows.unshare()
-
-    @precondition(lambda self: self.model)
+    @precondition(lambda self: any(self.model))
     @invariant()
     def content(self) -> None:
         for layer in LAYERS:
-            kv = self.rows.by_layer[layer]
+            kv = self.kv.by_layer[layer]
             held = kv.held().clone()
             table = kv.block_table()
             assert torch.equal(table[:, 0], held.clamp_min(0))
-            k, v = self.rows.pool.layer(layer)
+            k, v = self.kv.pool.layer(layer)
             for index, (row, gone) in enumerate(zip(self.model, self.gone[layer], strict=True)):
                 assert (held[index, len(kv.rows[index].pages) :] == GONE).all()
                 assert {page for page in range(-(-len(row) // PAGE)) if held[index, page] == GONE} == gone
                 at = torch.tensor([token for token in range(len(row)) if token // PAGE not in gone], dtype=torch.long)
-                pages, values = table[index, 0, at // PAGE].long(), torch.tensor(row)[at] + layer
-                assert torch.equal(k[pages, at % PAGE], values[:, None, None].expand(-1, 2, 4))
-                assert torch.equal(v[pages, at % PAGE], -values[:, None, None].expand(-1, 2, 4))
+                pages, want = table[index, 0, at // PAGE].long(), self.written(torch.tensor(row)[at], layer)
+                assert torch.equal(k[pages, at % PAGE], want) and torch.equal(v[pages, at % PAGE], -want)
 
     @precondition(lambda self: self.model)
     @invariant()
     def pages(self) -> None:
         """Every page has exactly the users that rows say, so what was given up is free."""
-        for kv in self.rows.by_layer.values():
+        for kv in self.kv.by_layer.values():
             users = [page for row in kv.rows for page in row.pages if page != GONE]
             assert kv._allocator.n_used == len(set(users))
+            holding = {page for row in kv.rows for page in row.pages[: -(-row.length // PAGE)] if page != GONE}
+            assert kv.nbytes == len(holding) * kv.pool.bytes_a_page()
             assert all(kv._allocator.is_shared(page) == (users.count(page) > 1) for page in set(users))
 
 

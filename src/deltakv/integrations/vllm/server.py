@@ -68,8 +68,7 @@ def command(path: str, name: str, settings: Settings, passed: Sequence[str]) -> 
         raise InputError(f'the "{KEY}" of --additional-config is what --method says here; leave it out')
     names = [] if asked.served_model_name or name == path else ["--served-model-name", name]
     options = [*passed, *names, "--attention-backend", "CUSTOM", "--block-size", str(page_size)]
-    if getattr(asked, "shutdown_timeout", None) == 0 and _parse([*model, *passed], shutdown_timeout=1).shutdown_timeout:
-        # Not given, and vLLM's default stops the engine at once, and then waits for answers that cannot come.
+    if getattr(asked, "shutdown_timeout", None) == SHUTDOWN_SECONDS:
         options += ["--shutdown-timeout", str(SHUTDOWN_SECONDS)]
     options += ["--additional-config", json.dumps({**additional, KEY: _as_json(settings)})]
     _check([*model, *options])
@@ -79,20 +78,18 @@ def command(path: str, name: str, settings: Settings, passed: Sequence[str]) -> 
 
 def _check_one_server(asked: Any) -> None:
     """What only `vllm serve` itself knows how to start would be left out by the module that is started here."""
-    several = (asked.api_server_count or 1) != 1
-    named = {"--headless": asked.headless, "--api-server-count": several, "VLLM_USE_RUST_FRONTEND": rust_frontend()}
-    for name in ("grpc", "data_parallel_multi_port_external_lb"):
-        named[f"--{name.replace('_', '-')}"] = getattr(asked, name, False)
-    if found := [name for name, given in named.items() if given]:
+    given = {
+        "--headless": asked.headless,
+        "--api-server-count": (asked.api_server_count or 1) != 1,
+        "--grpc": getattr(asked, "grpc", False),
+        "--data-parallel-multi-port-external-lb": getattr(asked, "data_parallel_multi_port_external_lb", False),
+        "VLLM_USE_RUST_FRONTEND": getattr(envs, "VLLM_USE_RUST_FRONTEND", False),
+    }
+    if found := [name for name, value in given.items() if value]:
         raise UnsupportedUseError(
             f"deltakv serve starts one API server with its engines; leave out {' and '.join(found)}, or serve with "
             "`vllm serve` and the other options that --dry-run prints"
         )
-
-
-def rust_frontend() -> bool:
-    """Whether the environment asks `vllm serve` for another program."""
-    return bool(getattr(envs, "VLLM_USE_RUST_FRONTEND", False))
 
 
 def _check_found() -> None:
@@ -118,10 +115,11 @@ def _as_json(settings: Settings) -> dict[str, Any]:
     return {"algorithm": method.algorithm, **chosen, "tp_selection": settings.tp_selection}
 
 
-def _parse(arguments: list[str], **defaults: Any) -> Any:
-    """defaults: others than vLLM's."""
+def _parse(arguments: list[str]) -> Any:
+    """As vLLM does, but for a default that stops the engine at once, and then waits for answers that cannot come."""
     parser = make_arg_parser(_Parser())
-    parser.set_defaults(**defaults)
+    if parser.get_default("shutdown_timeout") == 0:
+        parser.set_defaults(shutdown_timeout=SHUTDOWN_SECONDS)
     return parser.parse_args(arguments)
 
 

@@ -130,7 +130,7 @@ def _layout(config: VllmConfig, settings: Settings) -> Layout:
     planned = planned_layers(config.model_config)
     plan = settings.method.layer_plan(len(planned))
     plan.check_made_for(model_fingerprint(config.model_config.hf_text_config))
-    if settings.method.algorithm != Full.algorithm and not {Role.REUSE, Role.WINDOW} & set(plan.roles):
+    if settings.method.algorithm != Full.algorithm and plan.reads_in_full == len(plan):
         raise PlanError(
             f"plan={plan} has no layer that attends to a pick ('R') or to a window ('W'), so nothing would be saved; "
             f"give another plan for the {len(planned)} layers without a sliding window, or leave deltakv out"
