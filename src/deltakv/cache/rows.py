@@ -136,7 +136,8 @@ class PagedKV:
 
     def shrink(self) -> None:
         """Lays the rows out anew if pages that were given up have left the pool mostly empty."""
-        held = sum(self._pages(row.length) - row.pages.count(GONE) for row in self.rows)  # what lies ahead is never gone
+        # What lies ahead of a row's tokens is never gone.
+        held = sum(self._pages(row.length) - row.pages.count(GONE) for row in self.rows)
         if self.pool.n_pages > SPARE * (held + held // SPARE + len(self.rows)):
             self._ahead = 0
             self._lay_out([row.length for row in self.rows])
