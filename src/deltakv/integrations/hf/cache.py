@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
@@ -91,7 +92,7 @@ class PagedCache(Cache):
         columns = self.state.columns
         if columns is None or len(columns.real) != batch:
             return False
-        return self.state.decoding.unpadded if self.decoding else bool(columns.real.all())
+        return self.state.decoding.unpadded if self.decoding else columns.are_real()
 
     @property
     def decoding(self) -> bool:
@@ -118,7 +119,8 @@ class PagedCache(Cache):
         forward that the host has to lay out where others of its kind were announced."""
         self.settle()
         assert self.state.columns is not None
-        return torch.cat([self.state.columns.real, ~finished.cpu()[:, None]], dim=1).to(finished.device, torch.long)
+        shown = np.concatenate([self.state.columns.real, ~finished.cpu().numpy()[:, None]], axis=1)
+        return torch.from_numpy(shown).to(finished.device).long()
 
     def settle(self) -> None:
         """Lets the host catch up with what rows have decoded; waits for the device."""
@@ -138,7 +140,7 @@ class PagedCache(Cache):
         self.abort()
         self.settle()
         kv = self.state.kv
-        columns = self.state.columns if self.state.columns is not None else Columns(batch)
+        columns = self.state.columns if self.state.columns is not None else Columns.none(batch)
         if len(columns.real) != batch:
             raise UnsupportedUseError(
                 f"the cache holds {len(columns.real)} rows, but this forward has {batch}; use a cache of its own"

@@ -58,7 +58,7 @@ class Decoding:
             mark_static(*filter(lambda tensor: tensor is not None, [*self.kv.pool.k, *self.kv.pool.v]))
         self._first_column, self._steps, self._room = columns.seen, 0, self.kv.room
         self.started, self.announced = True, False
-        self.unpadded, self._all_go_on = bool(columns.real.all()), True
+        self.unpadded, self._all_go_on = columns.are_real(), True
         self._bytes_a_page = self.kv.pool.bytes_a_page()
         pages = sum(-(-row.length // self.kv.page_size) for row in self.kv.rows)
         self._bytes_apart = self.kv.nbytes - pages * self._bytes_a_page  # less than none, for pages that rows share
