@@ -7,9 +7,10 @@ from typing import Any
 from markdown_tables import grid
 
 
-def offload_table(data: dict[str, Any], picture: str = "") -> str:
+def offload_table(data: dict[str, Any], name: str = "", picture: str = "") -> str:
     """One run of `bench offload`: every variant beside the overlapped transfer of all K and V, and beside what was
-    predicted of it. picture: where it is, if there is one."""
+    predicted of it. name: of its file, which ends with what else went on in the machine (`-beside-two-evaluations`).
+    picture: where it is, if there is one."""
     results = data["results"]
     plain = next((row["step_seconds"] for row in results if row["variant"] == "overlapped"), None)
     rows = []
@@ -35,6 +36,8 @@ def offload_table(data: dict[str, Any], picture: str = "") -> str:
     if data["batches"] > 1:
         batch = f"{data['batches']} batches of {data['batch']}, weights in host memory"
     title = f"**{_model(data)}, {batch}, {data['context']:,} tokens**"
+    if "-beside-" in name:
+        title += f", beside {name.split('-beside-')[1].replace('-', ' ')}"
     if picture:
         title += f" ([picture]({picture}))"
     headings = (

@@ -99,7 +99,7 @@ def offload() -> str:
     parts = []
     for name, data in benches("offload"):
         picture = f"results/{name}.png" if (HERE / "results" / f"{name}.png").exists() else ""
-        parts += [offload_table(data, picture), source(data, rates(data))]
+        parts += [offload_table(data, name, picture), source(data, rates(data))]
     parts += [part for _, data in benches("offload-memory") for part in (memory_table(data), source(data, timed=False))]
     parts += [part for _, data in benches("offload-mixed") for part in (mixed_table(data), source(data, timed=False))]
     return "\n\n".join(parts) or "No run is stored yet: `bash benchmarks/gpu.sh` makes them."
