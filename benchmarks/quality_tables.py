@@ -96,8 +96,13 @@ def answers() -> str:
         tokens = sum(row["prompt_tokens"] for row in data["results"]) / len(data["results"])
         title = f"**{data['task']}, {Path(data['model']).name}**: {many}, {tokens:,.0f} tokens"
         parts.append(grid(title, heads, [_graded(row) for row in data["results"]]))
-        made = data["results"][0]["made"]
-        parts.append(f"<sub>answered: {_measured(made)}</sub>")
+        where: dict[str, list[str]] = {}
+        for row in data["results"]:
+            names = where.setdefault(_measured(row["made"]), [])
+            name = row["method"].partition(":")[0]
+            names += [] if name in names else [name]
+        told = [f"{', '.join(names)}: {place}" for place, names in where.items()]
+        parts.append(f"<sub>answered: {'; '.join(told)}</sub>")
     return "\n\n".join(parts) or "No run is stored yet."
 
 

@@ -6,8 +6,8 @@ Budgets are given in tokens and count whole pages.
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
 from deltakv.errors import ConfigError, PlanError
 from deltakv.plan import LayerPlan, PlanSpec, Role, resolve
@@ -87,6 +87,10 @@ class Method:
         looked_at = {Sees.KEYS: -(-length // 2), Sees.BOUNDS: -(-length // self.page_size), Sees.LENGTHS: 0}
         return self.kept_tokens(length) + looked_at[self.sees]
 
+    def at_budget(self, pages: int) -> Self | None:
+        """The same with a budget of that many pages; None if they are too few, or the method has no budget."""
+        return None
+
     def _share(self, name: str, *, zero: bool = False) -> None:
         """Raises `ConfigError` if the field `name` is not a number above 0 (`zero`: or 0) and at most 1."""
         share = getattr(self, name)
@@ -160,6 +164,14 @@ class Budgeted(Method):
     def kept_pages(self, length: int) -> int:
         pages = super().kept_pages(length)
         return pages if length <= self.min_context else min(pages, self.budget_pages)
+
+    def at_budget(self, pages: int) -> Self | None:
+        """With fewer recent tokens, where they would be more than half of what sinks leave; None if that is less than
+        two pages."""
+        if pages < self.sink_pages + 2:
+            return None
+        recent = min(self.recent_pages, max(1, (pages - self.sink_pages) // 2))
+        return replace(self, budget=pages * self.page_size, recent=recent * self.page_size)
 
     @property
     def budget_pages(self) -> int:

@@ -6,8 +6,8 @@ any.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
 from deltakv.config import Budgeted, Method, Sees
 from deltakv.errors import ConfigError, PlanError
@@ -35,6 +35,10 @@ class StreamingLLM(Method):
 
     def kept_pages(self, length: int) -> int:
         return min(super().kept_pages(length), self.recent_pages + self.sink_pages)
+
+    def at_budget(self, pages: int) -> Self | None:
+        window = (pages - self.sink_pages) * self.page_size
+        return replace(self, window=window) if window > 0 else None
 
     @property
     def recent_pages(self) -> int:
@@ -87,6 +91,12 @@ class LessIsMore(Budgeted):
             raise ConfigError(f"recent={self.recent!r}: the recent tokens are a share of the budget; give recency=0.25")
         super().__post_init__()
 
+    def at_budget(self, pages: int) -> Self | None:
+        try:
+            return replace(self, budget=pages * self.page_size)
+        except ConfigError:  # no room for sinks beside the recent tokens' share
+            return None
+
     @property
     def recent_pages(self) -> int:
         return max(1, round(self.recency * self.budget_pages))
@@ -96,7 +106,7 @@ class LessIsMore(Budgeted):
 class IndexCache(Budgeted):
     """IndexCache (arXiv 2603.12201): which layers pick is searched for; the others share the pick before theirs.
 
-    The default plan is the paper's plain pattern, one layer in four; `deltakv.methods.indexcache.search` finds better.
+    The default plan is the paper's plain pattern, one layer in four; `deltakv calibrate --method indexcache` searches.
     """
 
     algorithm: ClassVar[str] = "indexcache"

@@ -16,8 +16,9 @@ import deltakv
 from deltakv.bench.layer_times import LayerTimes
 from deltakv.errors import ConfigError, InputError, PlanError
 from deltakv.evals import calibration
+from deltakv.evals.plan_search import readers
 from deltakv.evals.windows import measure_windows
-from deltakv.methods import parse
+from deltakv.methods import REGISTRY, parse
 from deltakv.plan import LayerPlan, Role, model_fingerprint
 from deltakv.plan import paper as paper_plan
 
@@ -94,6 +95,40 @@ def test_all_numbers_of_reading_layers_cost_the_same(run: Run, model_folder: str
     assert ours["attended_tokens"] <= data["confirmed"][1]["attended_tokens"]
 
 
+#: Every other method, with what makes it show on so few positions.
+OTHERS = {name: name for name in REGISTRY if name not in ("full", "delta")}
+OTHERS |= {name: f"{name}:lag=4" for name, config in REGISTRY.items() if config.evicts}
+
+
+@pytest.mark.parametrize("name", sorted(OTHERS))
+def test_the_other_methods_are_calibrated_at_the_same_cost(
+    run: Run, model_folder: str, tmp_path: Path, name: str
+) -> None:
+    out = tmp_path / "plan.json"
+    words = [*SMALL[:4], "--reading", "2", *SMALL[6:], "--method", OTHERS[name]]
+    result = run("calibrate", "--model", model_folder, "--out", str(out), *words)
+    assert result.code == 0, result.err
+    assert f"use it: --method {name}:plan={out}" in result.out
+    data = json.loads(out.read_text(encoding="utf-8"))
+    plan, found = LayerPlan.load(out), parse(f"{name}:plan={out}")
+    assert found == deltakv.from_plan(out) and data["settings"]["algorithm"] == name
+    rows = {row["method"]: row["attended_tokens"] for row in data["confirmed"]}
+    assert list(rows) == ["full", f"{name}'s own plan", "the paper's settings", "the paper's plan", "calibrated"]
+    assert rows["calibrated"] <= rows["the paper's plan"] < rows["full"]
+    assert f"KL is {data['against_its_own_plan']['kl_share']:.0%} of that of {name}'s own plan" in result.out
+    own_picks = found.attends_to_own_pick
+    assert len(readers(plan, own_picks)) == 2 and (not own_picks or set(str(plan)) == {"F", "S"})
+    # Of all of two readers that were looked at for long, the best.
+    tried = {
+        key.split()[0]: loss
+        for key, loss in data["tried"].items()
+        if key.endswith(" thorough") and len(readers(parse(key.split()[0]).layer_plan(6), own_picks)) == 2
+    }
+    assert min(tried, key=lambda key: tried[key]) == data["method"] and parse(data["method"]).plan == str(plan)
+    if name == "indexcache":  # its own search, from every layer on
+        assert [parse(key.split()[0]).plan for key in data["tried"]][:3] == ["SRSSSS", "SSRSSS", "SSSRSS"]
+
+
 def test_settings_that_are_none_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     plan = LayerPlan.from_string("FSRRSR")
@@ -137,11 +172,27 @@ def test_a_plan_for_another_kind_of_model_is_refused(
         (["--text", "/nowhere/text"], ["/nowhere/text"]),
         (["--out", "/nowhere/plan.json"], ["/nowhere/plan.json"]),
         (["--model", "nothing-of-the-kind"], ["nothing-of-the-kind"]),
+        (["--method", "nothing"], ["unknown method 'nothing'"]),
+        (["--method", "full"], ["'full'", "leaves nothing out"]),
+        (["--method", "quest:budget=64"], ["budget", "--budget sets"]),
+        (["--method", "streaming:window=64"], ["window", "--budget sets"]),
+        (["--method", "delta:plan=quest"], ["says plan", "leave it out"]),
+        (["--method", "quest:sinks=48"], ["--budget 64 leaves no room", "sinks of quest"]),
+        (["--method", "quest", "--cost", "time"], ["--cost time", "quest", "--cost tokens"]),
+        (["--method", "h2o"], ["--quick 8", "lag=16"]),
     ],
 )
 def test_refusals(run: Run, model_folder: str, tmp_path: Path, words: list[str], said: list[str]) -> None:
     options = ["--model", model_folder, "--out", str(tmp_path / "plan.json"), *SMALL]
     refused(run("calibrate", *options, *words), *said)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_method_that_looks_at_too_much(run: Run, model_folder: str, tmp_path: Path) -> None:
+    """Full attention in every step costs more than the five layers that the paper's plan reads of these six."""
+    words = [word for word in SMALL if word not in ("--reading", "3")]
+    options = ["--model", model_folder, "--out", str(tmp_path / "plan.json"), *words, "--method", "refreshkv:stride=1"]
+    refused(run("calibrate", *options), "at the cost of the paper's plan", "larger --budget")
     assert not list(tmp_path.iterdir())
 
 

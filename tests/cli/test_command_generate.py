@@ -153,3 +153,14 @@ def test_smollm2_answers_and_ends(run: Run) -> None:
     assert result.code == 0 and "Paris" in result.out
     assert "<|im_end|>" not in result.out
     assert int(result.err.splitlines()[-1].split()[0]) < 60, "the answer does not end at <|im_end|>"
+
+
+def test_a_default_by_depth_comes_with_a_hint(run: Run, model_folder: str) -> None:
+    """On stderr, where DELTA runs without a plan of its own; not for who has chosen."""
+    told = "no plan was measured for this kind of model: deltakv calibrate --model"
+    options = ("generate", "hello", "--model", model_folder, "-n", "2")
+    assert told in run(*options).err
+    assert told in run(*options, "--method", "delta:budget=64,recent=16").err
+    for chosen in (SPARSE, "full", "quest"):
+        result = run(*options, "--method", chosen)
+        assert result.code == 0 and told not in result.err

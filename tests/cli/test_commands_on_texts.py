@@ -211,7 +211,7 @@ def test_the_field_is_compared_like_delta(run: Run, model_folder: str, tmp_path:
     """Fidelity, speed and attended tokens of every method, on one prefill."""
     json_file = tmp_path / "field.json"
     options = [word for method in ("full", *FIELD) for word in ("--method", method)]
-    run(
+    result = run(
         "compare", "--model", model_folder, *options, "--context", "600", "--positions", "60", "--steps", "4",
         "--no-memory", "--json", str(json_file),
     )  # fmt: skip
@@ -223,6 +223,7 @@ def test_the_field_is_compared_like_delta(run: Run, model_folder: str, tmp_path:
         assert entry["decode_tokens_per_s"] is None if evicts else entry["decode_tokens_per_s"] > 0
         assert 0 < entry["attended_tokens"] <= full["attended_tokens"]
         assert entry["recall_by_layer"] and all(0 <= share <= 1 for share in entry["recall_by_layer"].values())
+    assert "no speed: the steps that are timed are over before" in " ".join(result.out.split())
 
 
 def test_memory_of_a_method_that_evicts(run: Run, model_folder: str, tmp_path: Path) -> None:

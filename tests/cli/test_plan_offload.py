@@ -38,6 +38,26 @@ def profile(tmp_path: Path) -> Path:
     return path
 
 
+def test_host_memory_holds_all_batches_and_the_weights(
+    run: Run, multi_head: str, profile: Path, tmp_path: Path
+) -> None:
+    """K, V and X of 6 layers, of each batch; and weights, 4 * 64 * 64 and 2 * 64 * 96 a layer and more, of all."""
+    out, told = tmp_path / "plan.json", []
+    for batches in (1, 100):
+        result = run(
+            "plan", "--offload", "--model", multi_head, "--context", "4000", "--batch", "8", "--chunk-mib", "0.25",
+            "--batches", str(batches), "--profile", str(profile), "--json", str(out),
+        )  # fmt: skip
+        assert result.code == 0, result.err
+        line = next(line for line in result.out.splitlines() if "host memory" in line)
+        found = json.loads(out.read_text())["results"][0]
+        stored = 6 * 8 * batches * (4000 * 2 * 64 * 4 + found["recomputed_tokens"] * (64 * 4 + 16))
+        told.append((float(line.split("│")[-2].replace(",", "")), stored / 1e9))
+    (one, stored), (many, stored_many) = told
+    assert one == pytest.approx(stored, abs=0.006) and stored_many > 9
+    assert many == pytest.approx(stored_many, abs=0.02) and many >= stored_many - 0.005
+
+
 @pytest.mark.parametrize("schedule", ["pipelined", "serial"])
 def test_multi_head(run: Run, multi_head: str, profile: Path, tmp_path: Path, schedule: str) -> None:
     out, picture = tmp_path / "plan.json", tmp_path / "plan.png"
@@ -132,6 +152,10 @@ class TestRefused:
     )
     def test_options(self, run: Run, multi_head: str, words: list[str], said: str) -> None:
         refused(run("plan", "--offload", "--model", multi_head, "--context", "100", *words), said)
+
+    def test_another_dtype_s_profile(self, run: Run, multi_head: str, profile: Path) -> None:
+        words = ("--context", "500", "--profile", str(profile), "--dtype", "float16")
+        refused(run("plan", "--offload", "--model", multi_head, *words), "measured in float32", "float16")
 
     def test_without_offload(self, run: Run, multi_head: str) -> None:
         refused(run("plan", "--model", multi_head, "--profile", "a.json"), "belong to --offload")

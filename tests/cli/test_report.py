@@ -104,6 +104,23 @@ def test_what_a_calibration_measured(run: Run, model_folder: str, tmp_path: Path
         assert html.escape(entry["method"]) in text and f"{entry['attended_tokens']:,.0f}" in text
 
 
+def test_answers_are_from_where_they_were_given(run: Run, files: list[str], tmp_path: Path) -> None:
+    """And not from where they were graded; those of a method may be from elsewhere than the others'."""
+    data = json.loads(Path(files[3]).read_text(encoding="utf-8"))
+    assert {row["made"]["date"][:10] for row in data["results"]} == {data["date"][:10]}
+    for row in data["results"]:
+        row["made"] |= {"machine": {"gpus": ["a GPU that nobody has"]}, "device": "cuda:0", "commit": "a" * 40}
+    data["results"][-1]["made"]["commit"] = "b" * 40
+    data["commit"] = "c" * 40
+    file, page = tmp_path / "results.json", tmp_path / "page.html"
+    file.write_text(json.dumps(data), encoding="utf-8")
+    result = run("report", str(file), "--out", str(page))
+    assert result.code == 0, result.err
+    sources = page.read_text(encoding="utf-8").split("Where the numbers are from")[1]
+    assert sources.count("a GPU that nobody has") == 2
+    assert sources.count("a" * 9) == sources.count("b" * 9) == 1 and "c" * 9 not in sources
+
+
 def test_a_budget_that_is_no_number_is_left_out(run: Run, files: list[str], tmp_path: Path) -> None:
     data = json.loads(Path(files[0]).read_text(encoding="utf-8"))
     for entry in data["results"]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from deltakv.bench.layer_times import LayerTimes
-from deltakv.config import Delta
+from deltakv.config import Delta, Full, Method
 from deltakv.evals.paid import AttendedTokens, Cost, Paid
+from deltakv.field import H2O, LessIsMore, Quest, RefreshKV, StreamingLLM, TokenSelect
 from deltakv.plan import LayerPlan, paper
 
 THREE_OF_EIGHT = LayerPlan.from_string("FFSRRRRR")
@@ -68,3 +69,36 @@ def test_a_layer_that_picks_is_dearer_in_time_than_one_that_does_not() -> None:
     assert paid.readings(base, range(3, 8)) == [3, 4], (
         "five that all pick take longer than the paper's two that do not, and three"
     )
+
+
+@pytest.mark.parametrize(
+    "base", [Quest(sinks=16), StreamingLLM(), TokenSelect(), RefreshKV(), H2O()], ids=lambda m: m.algorithm
+)
+def test_layers_that_pick_for_themselves_read_their_picks_and_what_they_look_at(base: Method) -> None:
+    """Against all budgets; with no layer that reads everything, too."""
+    paid, most = Paid(AttendedTokens(), paper(12), 64, (1600, 2000)), [5 * n + 7 * 64 for n in (1600, 2000)]
+    for full in range(6):
+
+        def cost(method: Method, length: int, full: int = full) -> int:
+            return full * length + (12 - full) * method.select_tokens(length)
+
+        fit = []
+        for pages in range(1, 100):
+            sized = base.at_budget(pages)
+            if sized is not None and all(cost(sized, n) <= paid for n, paid in zip((1600, 2000), most, strict=True)):
+                fit.append(sized)
+        assert paid.reading(base, full) == (fit[-1] if fit else None), full
+    # What half of K a layer looks at costs more than all that the paper's plan reads.
+    assert paid.readings(base, range(13))[:1] == ([] if isinstance(base, TokenSelect) else [0])
+    assert paid.readings(Delta(sinks=16), range(13))[0] == 1
+
+
+def test_a_method_at_another_budget() -> None:
+    assert Full().at_budget(4) is None
+    assert Quest(sinks=32).at_budget(3) is None
+    assert Quest(sinks=32, recent=160).at_budget(8) == Quest(sinks=32, recent=48, budget=128)
+    assert StreamingLLM(sinks=32).at_budget(8) == StreamingLLM(sinks=32, window=96)
+    assert StreamingLLM(sinks=32).at_budget(2) is None
+    assert LessIsMore().at_budget(8) == LessIsMore(budget=128)
+    assert LessIsMore(recency=1.0).at_budget(8) == LessIsMore(recency=1.0, budget=128)
+    assert LessIsMore(recency=0.9, sinks=16).at_budget(1) is None

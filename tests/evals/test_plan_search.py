@@ -31,6 +31,23 @@ def test_it_finds_what_is_best(target: str) -> None:
     assert str(search_plan(12, [reading], loss, rounds=12)) == target  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("target", ["FSSSFSSSSFSS", "SSSSFSSSSSSF", "FFSSSSSSSSSS"])
+def test_where_layers_pick_for_themselves_others_are_full(target: str) -> None:
+    def loss(plan: LayerPlan, thorough: bool) -> float:
+        full, wanted = ([i for i, letter in enumerate(letters) if letter == "F"] for letters in (str(plan), target))
+        assert set(str(plan)) <= {"F", "S"}
+        return sum(min((abs(layer - other) for other in full), default=12) for layer in wanted) + 0.1 * len(full)
+
+    assert str(search_plan(12, [target.count("F")], loss, rounds=12, own_picks=True)) == target
+
+
+def test_with_no_layer_that_reads_everything_there_is_one_plan() -> None:
+    every = LayerPlan.from_string("SSSS")
+    assert search_plan(4, [0], lambda plan, thorough: 0.0, [every], own_picks=True) == every
+    worse = search_plan(4, [0, 1], lambda plan, thorough: float(plan == every), [every], own_picks=True)
+    assert str(worse).count("F") == 1
+
+
 def test_a_plan_to_begin_with_counts_and_is_kept_if_nothing_is_better() -> None:
     begin = LayerPlan.from_string("FSRRRRRR")
     assert search_plan(8, [2], lambda plan, thorough: float(plan != begin), [begin], rounds=3) == begin

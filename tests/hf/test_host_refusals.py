@@ -164,6 +164,18 @@ class TestFailures:
         ):
             model.generate(**ragged(20), max_new_tokens=4)
 
+    @pytest.mark.parametrize("mib", [1e8, 1e30])
+    def test_chunks_that_do_not_fit(self, model_of: Any, mib: float) -> None:
+        """Whether torch cannot have them or cannot count them; a forward is refused before anything is stored."""
+        model, ids = model_of("opt"), tokens(40)[None]
+        with (
+            torch.no_grad(),
+            deltakv.apply(model, FULL, kv_device=deltakv.Host(recompute=0.0, chunk_mib=mib)) as handle,
+        ):
+            cache = handle.new_cache(max_length=50)
+            with pytest.raises(deltakv.OffloadError, match=r"chunks of .* GiB do not fit on cpu; use smaller or fewer"):
+                model(ids, past_key_values=cache)
+
     def test_pinning_refused(self, model_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         """As on a GPU machine whose driver says no."""
         make = memory.HostMemory

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import deltakv
 from deltakv.offload.profile import TIMINGS, VERSION, Profile, Timing, profile_path, seconds_of
@@ -66,14 +67,25 @@ def broken(change: Any) -> str:
         (broken(lambda data: data.update(rest=[])), "needs measurements of 'rest'"),
         (broken(lambda data: data.update(rest=[{"size": 1, "seconds": 0}])), "'rest' has times that are not above 0"),
         (broken(lambda data: data.update(shape=[1])), "lacks a measurement"),
+        (broken(lambda data: data.update(shape=[float("inf"), 1, 1])), "lacks a measurement"),
+        (broken(lambda data: data["rest"][0].update(size=float("inf"))), "lacks a measurement"),
+        (broken(lambda data: data.update(rest=[{"size": 10**400, "seconds": 1}])), "needs measurements of 'rest'"),
     ],
-    ids=range(7),
+    ids=range(10),
 )
 def test_broken_files(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "profile.json"
     path.write_text(text)
     with pytest.raises(deltakv.InputError, match=message):
         Profile.load(path)
+
+
+def test_another_dtype_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "profile.json"
+    profile().save(path)
+    assert Profile.load(path, torch.float32) == profile()
+    with pytest.raises(deltakv.InputError, match="was measured in float32, but this model computes in bfloat16"):
+        Profile.load(path, torch.bfloat16)
 
 
 def test_a_missing_file(tmp_path: Path) -> None:

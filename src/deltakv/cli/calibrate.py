@@ -1,4 +1,4 @@
-"""`deltakv calibrate`: the best plan for a model and a text, at the cost of the paper's."""
+"""`deltakv calibrate`: the best plan for a model and a text, at the cost of DELTA's paper's."""
 
 from __future__ import annotations
 
@@ -14,22 +14,33 @@ from deltakv.cli.prompts import read_text
 from deltakv.errors import InputError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from deltakv.bench.layer_times import LayerTimes
-    from deltakv.config import Delta
+    from deltakv.config import Delta, Method
+    from deltakv.evals.paid import Paid
 
 COSTS = ("tokens", "time")
 
 
 def calibrate(
     model: options.Model = options.DEFAULT_MODEL,
+    method: Annotated[
+        str,
+        typer.Option(help="What is calibrated, as other commands take it, but for plan and budget, which are found."),
+    ] = "delta",
     text: Annotated[
         list[Path] | None,
         typer.Option("--text", help="A text file, as yours are; several times for several (default: built in)."),
     ] = None,
     out: Annotated[Path, typer.Option(help="Write the plan to this file.")] = Path("plan.json"),
     context: Annotated[int, typer.Option(min=2, help="Tokens before and at the positions that are evaluated.")] = 4000,
-    budget: Annotated[int, typer.Option(min=16, help="Tokens that a sparse layer attends to.")] = 1024,
-    sinks: Annotated[int, typer.Option(min=0, help="Of these the first ones of a row.")] = 16,
+    budget: Annotated[
+        int, typer.Option(min=16, help="Tokens that a sparse layer of the paper's plan attends to: this sets the cost.")
+    ] = 1024,
+    sinks: Annotated[
+        int | None, typer.Option(min=0, help="The first ones of a row, always kept (default: the method's).")
+    ] = None,
     reading: Annotated[
         int | None,
         typer.Option(
@@ -65,15 +76,26 @@ def calibrate(
     """
     from deltakv.config import Delta, Full
 
-    if budget < sinks + 32:
-        raise InputError(f"--budget {budget} must be more than --sinks {sinks} by two pages of 16 tokens at least")
-    base = Delta(budget=budget, sinks=sinks, recent=min(128, (budget - sinks) // 32 * 16), min_context=0)
+    base = _base(method, budget, sinks)
+    # What sets the cost, and what all is compared with: DELTA with the paper's plan.
+    standard = base if isinstance(base, Delta) else _base(f"delta:page_size={base.page_size}", budget, None)
+    assert isinstance(standard, Delta)
     state = state if state is not None else out.with_name(out.name + ".state")
     options.check_output(out, state)
     if cost not in COSTS:
         raise InputError(f"--cost {cost!r} is not one of {', '.join(COSTS)}")
     if batch is not None and cost != "time":
         raise InputError(f"--batch {batch} belongs to --cost time; attended tokens are a row's own")
+    if cost == "time" and base.attends_to_own_pick:
+        raise InputError(
+            f"--cost time knows layers that read everything and layers that read a pick of others; those of "
+            f"{base.algorithm} look for themselves first; use --cost tokens"
+        )
+    if base.evicts and quick <= (lag := getattr(base, "lag", 0)):
+        raise InputError(
+            f"--quick {quick} positions are over before {base.algorithm} drops anything (lag={lag}); give more, and "
+            f"--positions above that, or a smaller lag (--method {base.algorithm}:lag={base.page_size})"
+        )
     longest = max(positions, confirm_positions)
     if longest >= context:
         raise InputError(f"--context {context} must be more than the {longest} positions that are evaluated in it")
@@ -94,7 +116,12 @@ def calibrate(
     if reading is not None and not 1 <= reading < depth:
         raise InputError(f"--reading {reading} of {depth} layers leaves none to be sparse; give at most {depth - 1}")
     known = paper(depth)
-    counts = range(known.reads_in_full - 2, known.reads_in_full + 3) if reading is None else [reading]
+    if reading is not None:
+        counts: Sequence[int] = [reading]
+    elif base.attends_to_own_pick:
+        counts = range(known.reads_in_full)
+    else:
+        counts = range(known.reads_in_full - 2, known.reads_in_full + 3)
 
     from deltakv.bench.layer_times import LayerTimes
     from deltakv.bench.provenance import provenance
@@ -108,7 +135,7 @@ def calibrate(
         "model": model_fingerprint(config),
         "path": model,
         "texts": {name: hashlib.sha256(content.encode()).hexdigest() for name, content in told},
-        "options": [context, budget, sinks, reading, longest, windows, positions, quick, dtype],
+        "options": [written(base), context, budget, reading, longest, windows, positions, quick, dtype],
         "cost": cost if cost == "tokens" else [cost, batch or 1, device, threads],
     }
     tried = Tried(state, depends_on)  # refuses before the model is loaded
@@ -120,7 +147,7 @@ def calibrate(
         times = None
         if cost == "time":
             advance = _on(bars, bars.add_task("timing attention", total=None))
-            said = tried.timed(lambda: _layer_times(loaded.model, base, lengths, batch or 1, advance).numbers())
+            said = tried.timed(lambda: _layer_times(loaded.model, standard, lengths, batch or 1, advance).numbers())
             times = LayerTimes.load(said)
         paid = Paid(times or AttendedTokens(), known, budget, lengths)
         readings = paid.readings(base, counts)
@@ -130,6 +157,8 @@ def calibrate(
                 f"with --budget {budget}{'' if reading is None else f' and --reading {reading}'} nothing would be left "
             )
             why += f"out, or nothing left to read, at the cost of the paper's plan {known}"
+            if base.attends_to_own_pick and reading is None:
+                raise InputError(f"{why}: what its layers look at is too much for it; give a larger --budget")
             if times is None:
                 raise InputError(f"{why}; give another --reading, or none")
             raise InputError(
@@ -144,9 +173,11 @@ def calibrate(
         del work, places
         task = bars.add_task("confirming", total=len(unseen) * (context + 4 * confirm_positions))
         places = [open_window(loaded.model, piece, confirm_positions, page_size, _on(bars, task)) for piece in unseen]
-        with_sinks = replace(base, plan=str(paper(depth)))
+        with_sinks = replace(standard, plan=str(known))
+        own = _own_plan(base, paid)
         compared = {
             "full": Full(),
+            **own,
             "the paper's settings": replace(with_sinks, sinks=0),
             "the paper's plan": with_sinks,
             "calibrated": best,
@@ -154,8 +185,8 @@ def calibrate(
         found = [confirm(loaded.model, name, method, places, _on(bars, task)) for name, method in compared.items()]
     results = [one.numbers for one in found]
     if times is not None:
-        for result, method in zip(results, compared.values(), strict=True):
-            result["attention_ms"] = paid.of(method.layer_plan(depth), context, getattr(method, "budget", context))
+        for result, one in zip(results, compared.values(), strict=True):
+            result["attention_ms"] = paid.of(one.layer_plan(depth), context, getattr(one, "budget", context))
     gains = {one.name: share(found[-1].kl, one.kl) for one in found[1:-1]}
     plan = best.layer_plan(depth)
     facts: dict[str, Any] = {
@@ -171,6 +202,7 @@ def calibrate(
         "pieces": len(pieces),
         "new_pages": results[-1]["new_pages"],
         "confirmed": results,
+        **({"against_its_own_plan": gains[next(iter(own))]} if own else {}),
         "against_the_paper_s_plan": gains["the paper's plan"],
         "against_the_paper_s_settings": gains["the paper's settings"],
         "tried": tried.losses,
@@ -185,11 +217,52 @@ def calibrate(
     print("pages of a pick that its layer's last pick, one token before, did not have:")
     for result in results[1:]:
         print(f"  {result['method']}: {new_pages_line(result['new_pages'])}")
-    print(f"plan: {plan}, budget {best.budget}, recent {best.recent}, sinks {best.sinks}")
+    chosen = [f"{name} {value}" for name, value in settings(best).items() if name != "algorithm"]
+    print(f"plan: {plan}, {', '.join(chosen)}")
     for name, gain in gains.items():
         low, high = gain["interval"]
         print(f"its KL is {gain['kl_share']:.0%} of that of {name} (with 95%: {low:.0%} to {high:.0%})")
-    print(f"use it: --method delta:plan={out}")
+    print(f"use it: --method {best.algorithm}:plan={out}")
+
+
+def _base(text: str, budget: int, sinks: int | None) -> Method:
+    """The method that is calibrated, with that budget. Raises `DeltaKVError` subclasses."""
+    from deltakv.methods import option_types, parse
+
+    method = parse(text)
+    if method.at_budget(1 << 20) is None:
+        raise InputError(f"--method {text!r} leaves nothing out, so there is no plan to find; give another method")
+    found = {"plan", "budget", "window"} & {
+        part.partition("=")[0].strip() for part in text.partition(":")[2].split(",")
+    }
+    if found:
+        raise InputError(
+            f"--method {text!r} says {min(found)}, which is found, at the cost that --budget sets; leave it out"
+        )
+    if budget % method.page_size:
+        raise InputError(f"--budget {budget} is not a multiple of the page size {method.page_size}")
+    changes: dict[str, Any] = {"budget": 1 << 30, "min_context": 0, **({} if sinks is None else {"sinks": sinks})}
+    roomy = replace(method, **{name: value for name, value in changes.items() if name in option_types(type(method))})
+    sized = roomy.at_budget(budget // method.page_size)
+    if sized is None:
+        raise InputError(
+            f"--budget {budget} leaves no room beside the sinks of {method.algorithm}: two pages of "
+            f"{method.page_size} tokens at least"
+        )
+    return sized
+
+
+def _own_plan(base: Method, paid: Paid) -> dict[str, Method]:
+    """Another method than DELTA as it is without calibration, at the same cost; nothing, if that cannot be."""
+    from deltakv.config import Delta
+    from deltakv.evals.plan_search import readers
+    from deltakv.plan import Role
+
+    plan = base.layer_plan(paid.depth)
+    if isinstance(base, Delta):
+        return {}
+    sized = paid.reading(base, len(readers(plan, base.attends_to_own_pick)), len(plan.layers(Role.FULL)))
+    return {} if sized is None else {f"{base.algorithm}'s own plan": sized}
 
 
 def _layer_times(model: Any, base: Delta, lengths: tuple[int, ...], batch: int, advance: Any) -> LayerTimes:

@@ -54,13 +54,13 @@ def compare(
         raise InputError(f"the file {text} is empty; give a text to measure on")
 
     from deltakv.bench.provenance import provenance
-    from deltakv.cli.checks import check_methods
+    from deltakv.cli.checks import check_methods, hint
     from deltakv.evals import texts
     from deltakv.evals.comparison import Comparison, Settings
     from deltakv.report.tables import comparison_table, print_table
 
     settings = Settings(context=context, batch=batch, positions=positions, steps=steps, memory=memory)
-    check_methods(model, parsed, settings.check)
+    hint(check_methods(model, parsed, settings.check), model, parsed)
     loaded = options.load(model, dtype, device, threads)
     text_name = str(text) if text is not None else texts.BUILTIN_NAME
     told = told if told is not None else texts.builtin_text()

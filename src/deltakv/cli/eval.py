@@ -100,11 +100,12 @@ def _run(
     folder: Folder, settings: Settings, names: list[str], model: str, stop_after: str, how: tuple[str, str, int | None]
 ) -> None:
     from deltakv import loading
-    from deltakv.cli.checks import check_methods
+    from deltakv.cli.checks import check_methods, hint
     from deltakv.evals import evaluation
 
     methods = [(name, options.parse_method(name, model)) for name in names]
     config = check_methods(model, [chosen for _, chosen in methods])
+    hint(config, model, [chosen for _, chosen in methods])
     model_id = evaluation.fingerprint(config)
     loading.find_device(how[1])
     tokenizer = loading.load_tokenizer(loading.locate(model))

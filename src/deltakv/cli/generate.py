@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from deltakv.cli import options, prompts
-from deltakv.cli.checks import check_methods
+from deltakv.cli.checks import check_methods, hint
 from deltakv.errors import DeltaKVError, InputError
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def generate(
     if not wanted:
         raise typer.Exit(2)
 
-    check_methods(model, [chosen])
+    hint(check_methods(model, [chosen]), model, [chosen])
     loaded = options.load(model, dtype, device, threads)
     from deltakv.bench.provenance import provenance
     from deltakv.evals.generation import Sampling, generate_batch

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from deltakv.cli import options
-from deltakv.cli.checks import check_methods
+from deltakv.cli.checks import check_methods, measured
 from deltakv.cli.prompts import read_text
 from deltakv.errors import InputError
-from deltakv.plan import model_fingerprint
-from deltakv.plans import MEASURED, plan_files
 
 
 def inspect(
@@ -70,17 +67,4 @@ def inspect(
     print("attention mass inside the pick or window, by layer (1 is all of it):")
     for layer, share in record.recall.items():
         print(f"layer {layer:3}  recall {share:.3f}  {'#' * round(share * 40)}")
-    print(f"picture: {out}\npage: {page}\n{_measured(config, model)}")
-
-
-def _measured(config: Any, model: str) -> str:
-    """Whether the package has a plan for that kind of model, and where to get one."""
-    path = plan_files().get(model_fingerprint(config))
-    if path is None:
-        return f"no plan was measured for this kind of model: deltakv calibrate --model {model} finds one"
-    told = json.loads(path.read_text(encoding="utf-8"))
-    paper, ours = (one["kl_mean"] for one in told["confirmed"][-2:])
-    return (
-        f"a plan was measured for this kind of model: --method delta:plan={MEASURED} (KL {ours:.4f} against "
-        f"{paper:.4f} of the paper's plan, after {told['context']:,} tokens)"
-    )
+    print(f"picture: {out}\npage: {page}\n{measured(config, model)}")

@@ -56,6 +56,8 @@ def _run(args: Sequence[str] | None) -> int:
         if "torch" in sys.modules and isinstance(error, sys.modules["torch"].OutOfMemoryError):
             said = ". ".join(str(error).split(". ")[:2])  # and then it tells of its allocator
             return _refuse(f"the device's memory is not enough for this ({said.rstrip('.')}); give it less to do")
+        if isinstance(error, RuntimeError) and "can't allocate memory" in str(error):
+            return _refuse("the host's memory is not enough for this; give it less to do")
         # A wrong option, whichever click typer stands on: both give these two.
         if not hasattr(error, "format_message") or not hasattr(error, "exit_code"):
             raise

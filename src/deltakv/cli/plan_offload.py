@@ -47,7 +47,8 @@ def plan_offload(
     def row(what: str, unit: str, cells: Sequence[str]) -> list[str]:
         return [what, unit, *cells]
 
-    stored = [layers * batch * (f.split.length * shape.kappa + f.split.tokens * shape.alpha) for f in found]
+    stored = [batches * batch * (f.split.length * shape.kappa + f.split.tokens * shape.alpha) for f in found]
+    weights = column.first_bytes + column.rest_bytes  # in host memory too, where several batches share them
     rows = [
         row("recomputed", "tokens, share", [f"{f.split.tokens:,} ({f.split.share:.0%})" for f in found]),
         row("X crosses", "ms a layer", [_ms(f.split.parts.x) for f in found]),
@@ -58,7 +59,7 @@ def plan_offload(
         row("moving all", "ms a layer", [_ms(f.split.plain.total) for f in found]),
         row("predicted", "by the layer", [f"{f.split.speedup:.2f}x faster" for f in found]),
         row("a step", "ms, on these chunks", [_ms(f.timeline.seconds) for f in found]),
-        row("host memory", "GB", [f"{nbytes / 1e9:,.2f}" for nbytes in stored]),
+        row("host memory", "GB", [f"{layers * (nbytes + weights) / 1e9:,.2f}" for nbytes in stored]),
     ]
     if batches > 1:
         rows.insert(1, row("weights cross", "ms a layer", [_ms(f.split.parts.weights) for f in found]))
@@ -108,7 +109,7 @@ def _profile(config: Any, dtype: Any, host: Host, device: str) -> Any:
     from deltakv.offload.profile import Profile
 
     if host.profile is not None:
-        return Profile.load(Path(host.profile))
+        return Profile.load(Path(host.profile), dtype)
     if device == "auto" and not torch.cuda.is_available():
         raise InputError(
             "--offload needs rates that were measured, and this machine has no GPU; give --profile FILE (kept in the "

@@ -5,20 +5,22 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from deltakv.config import Delta
+from deltakv.config import Method
 from deltakv.errors import ConfigError, InputError
 from deltakv.evals.journal import remove_whole, write_whole
 from deltakv.evals.paid import Paid
-from deltakv.evals.plan_search import search_plan
+from deltakv.evals.plan_search import readers, search_plan
 from deltakv.evals.windows import Window, interval, measure_windows
-from deltakv.plan import LayerPlan, Role, paper
+from deltakv.field import IndexCache
+from deltakv.methods import indexcache
+from deltakv.plan import DEFAULT_PRESET, LayerPlan, Role, every
 
 Advance = Callable[[int], None]
 
@@ -78,14 +80,14 @@ class Tried:
 
 @dataclass
 class Calibration:
-    """One search. base: sinks, and the recent tokens to begin with; plan and budget are what is searched for.
+    """One search. base: the method, with what it begins with; its plan and budget are what is searched for.
 
     paid: what a step may cost. readings: how many layers may read everything: the more of them, the less is left for
     the others. quick: positions of each window that a first look takes. advance: told of every loss that is measured.
     """
 
     model: Any
-    base: Delta
+    base: Method
     paid: Paid
     readings: Sequence[int]
     windows: Sequence[Window]
@@ -93,9 +95,13 @@ class Calibration:
     tried: Tried
     advance: Advance = field(default=lambda count: None)
 
-    def run(self) -> Delta:
+    def run(self) -> Method:
         """The best setting found."""
-        plan = search_plan(self.paid.depth, self.readings, self._loss_of_plan, self._begin())
+        own = self.base.attends_to_own_pick
+        if isinstance(self.base, IndexCache):
+            plan = self._pattern(self.base)
+        else:
+            plan = search_plan(self.paid.depth, self.readings, self._loss_of_plan, self._begin(), own_picks=own)
         best = self._with(plan)
         assert best is not None, "readings that leave no budget are not searched"
         for name, values in KNOBS.items():
@@ -103,30 +109,51 @@ class Calibration:
             best = min([best, *filter(None, others)], key=lambda method: self._loss(method, True))
         return best
 
-    def _with(self, plan: LayerPlan) -> Delta | None:
+    def _pattern(self, base: IndexCache) -> LayerPlan:
+        """By the paper's own search: of the plans on its way that cost enough, the best. It looks quickly, at the
+        budget of the first one of these, so that nothing but the pattern changes."""
+        sized = self.paid.reading(base, max(self.readings))
+        assert sized is not None, "readings that leave no budget are not searched"
+        rounds = indexcache.search(
+            self.paid.depth, lambda plan: self._loss(replace(sized, plan=str(plan)), False), min(self.readings)
+        )
+        ends = [plan for plan, _ in rounds if plan.reads_in_full in self.readings]
+        return min(ends, key=lambda plan: self._loss_of_plan(plan, True))
+
+    def _with(self, plan: LayerPlan) -> Method | None:
         """A plan at the budget that it leaves, or None. On the way to one that costs enough: at that one's, for with
         all that few reading layers leave, nothing would be missing."""
-        select = len(plan.layers(Role.SELECT)) + max(0, min(self.readings) - plan.reads_in_full)
-        method = self.paid.fitted(self.base, select, len(plan.layers(Role.FULL)))
+        reading = max(min(self.readings), len(readers(plan, self.base.attends_to_own_pick)))
+        method = self.paid.reading(self.base, reading, len(plan.layers(Role.FULL)))
         return None if method is None else replace(method, plan=str(plan))
 
-    def _changed(self, method: Delta, name: str, value: int) -> Delta | None:
-        """None for what is no change, or does not fit."""
+    def _changed(self, method: Method, name: str, value: int) -> Method | None:
+        """None for what is no change, or does not fit, or is no option of the method."""
+        if name not in (option.name for option in fields(method)):
+            return None
         try:
-            changed: Delta = replace(method, **{name: value})  # type: ignore[arg-type]
+            changed: Method = replace(method, **{name: value})  # type: ignore[arg-type]
         except ConfigError:
             return None
-        return changed if changed != method else None
+        pages = method.kept_pages(1 << 40)
+        sized = changed if changed.kept_pages(1 << 40) <= pages else changed.at_budget(pages)
+        return sized if sized != method else None
 
     def _begin(self) -> list[LayerPlan]:
-        known = paper(self.paid.depth)
-        return [known] if known.reads_in_full in self.readings else []
+        """The method's own plan; and where layers pick for themselves, the one in which all do."""
+        own, depth = self.base.attends_to_own_pick, self.paid.depth
+        plans = [self.base.layer_plan(depth), *([every(depth)] if own else [])]
+        return [
+            plan
+            for plan in dict.fromkeys(plans)
+            if len(readers(plan, own)) in self.readings and not (own and plan.layers(Role.REUSE))
+        ]
 
     def _loss_of_plan(self, plan: LayerPlan, thorough: bool) -> float:
         method = self._with(plan)
         return math.inf if method is None else self._loss(method, thorough)
 
-    def _loss(self, method: Delta, thorough: bool) -> float:
+    def _loss(self, method: Method, thorough: bool) -> float:
         windows = self.windows if thorough else [window.first(self.quick) for window in self.windows]
 
         def measure() -> float:
@@ -138,15 +165,26 @@ class Calibration:
         return value
 
 
-def written(method: Delta) -> str:
+def written(method: Method) -> str:
     """A method as a command line writes it."""
-    own = f"budget={method.budget},recent={method.recent},sinks={method.sinks},min_context={method.min_context}"
-    return f"delta:{own},page_size={method.page_size},plan={method.plan or 'paper'}"
+    options = {**_own(method), "page_size": method.page_size}
+    options["plan"] = method.plan or method.default_plan or DEFAULT_PRESET
+    return f"{method.algorithm}:{','.join(f'{name}={value}' for name, value in options.items())}"
 
 
-def settings(method: Delta) -> dict[str, Any]:
-    """What a plan file says beside the plan."""
-    return {"algorithm": method.algorithm, "budget": method.budget, "recent": method.recent, "sinks": method.sinks}
+def settings(method: Method) -> dict[str, Any]:
+    """What a plan file says beside the plan: all options but from which context on a row is sparse, which is the
+    user's."""
+    own = {name: value for name, value in _own(method).items() if name != "min_context"}
+    if method.page_size != Method.page_size:
+        own["page_size"] = method.page_size
+    return {"algorithm": method.algorithm, **own}
+
+
+def _own(method: Method) -> dict[str, Any]:
+    """The options that not all methods have."""
+    shared = {option.name for option in fields(Method)}
+    return {option.name: getattr(method, option.name) for option in fields(method) if option.name not in shared}
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,8 @@ class Answer:
 @dataclass(frozen=True)
 class Answered:
     """One batch. row_steps: decode steps, each row for itself; attended_tokens and full_tokens: summed over them and
-    over layers. seconds: for all of it, prompts included. kv_bytes: K and V at its end."""
+    over layers. seconds: for all of it, prompts included. kv_bytes: K and V at its end, as they lie in memory:
+    rows share the pages of what they have in common, but in a cache that compiles, so not all methods' are alike."""
 
     batch: int
     answers: list[Answer]

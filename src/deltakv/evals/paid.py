@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
-from deltakv.config import Delta
+from deltakv.config import Method
 from deltakv.plan import LayerPlan, Role
 
 
@@ -47,23 +47,33 @@ class Paid:
         full, select = len(plan.layers(Role.FULL)), len(plan.layers(Role.SELECT))
         return self.cost.step(full, select, len(plan) - full - select, length, budget)
 
-    def readings(self, base: Delta, counts: Iterable[int]) -> list[int]:
-        """Of numbers of layers that read everything, those that leave the others a budget."""
-        return [count for count in counts if 0 < count < self.depth and self.fitted(base, count) is not None]
+    def readings(self, base: Method, counts: Iterable[int]) -> list[int]:
+        """Of numbers of layers that read everything, those that leave the others a budget. None of them may, where
+        layers pick for themselves."""
+        least = 0 if base.attends_to_own_pick else 1
+        return [n for n in counts if least <= n < self.depth and self.reading(base, n) is not None]
 
-    def fitted(self, base: Delta, select: int, full: int = 0) -> Delta | None:
-        """`base` with the budget that this leaves if so many layers SELECT and are FULL, fewer than there are; None if
-        that is less than sinks and two pages, or nothing less than all."""
+    def reading(self, base: Method, count: int, full: int = 0) -> Method | None:
+        """`base` with the budget that this leaves if so many layers read everything, `full` of them without picking."""
+        if base.attends_to_own_pick:
+            return self.fitted(base, self.depth - count, count)
+        return self.fitted(base, count - full, full)
+
+    def fitted(self, base: Method, select: int, full: int = 0) -> Method | None:
+        """`base` with the budget that this leaves if so many layers SELECT and are FULL; None if that is too small for
+        it, or nothing less than all."""
         most = [self.of(self.plan, length, self.budget) for length in self.lengths]
         reuse = self.depth - select - full
 
+        def step(pages: int, length: int) -> float:
+            if not base.attends_to_own_pick:
+                return self.cost.step(full, select, reuse, length, pages * base.page_size)
+            sized = base.at_budget(pages)  # its layers read their picks, and what they look at for them
+            return 0 if sized is None else self.cost.step(full, 0, select, length, sized.select_tokens(length))
+
         def too_many(pages: int) -> bool:
-            costs = (self.cost.step(full, select, reuse, length, pages * base.page_size) for length in self.lengths)
-            return any(cost > paid for cost, paid in zip(costs, most, strict=True))
+            return any(step(pages, length) > paid for length, paid in zip(self.lengths, most, strict=True))
 
         all_pages = -(-min(self.lengths) // base.page_size)
         pages = bisect_left(range(1, all_pages + 1), True, key=too_many)
-        if pages < base.sink_pages + 2 or pages == all_pages:
-            return None
-        recent = min(base.recent_pages, max(1, (pages - base.sink_pages) // 2))
-        return replace(base, budget=pages * base.page_size, recent=recent * base.page_size)
+        return None if pages in (0, all_pages) else base.at_budget(pages)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from deltakv.errors import OffloadError
 from deltakv.offload.lanes import Lane, Lanes
+from deltakv.offload.memory import device_memory
 from deltakv.offload.pieces import Piece
 
 
@@ -51,14 +52,13 @@ class Loads:
     """A queue of pieces through `count` chunks of `chunk_bytes` on the device.
 
     As many copies are queued as there are free chunks, so the bus always has the next piece, of this layer or the
-    next one. The host waits for nothing.
+    next one. The host waits for nothing. Raises `OffloadError` if the device has no such memory.
     """
 
     def __init__(self, lanes: Lanes, device: torch.device, count: int, chunk_bytes: int) -> None:
         self.chunk_bytes = chunk_bytes
         self._lanes = lanes
-        with torch.inference_mode(False):
-            memory = [torch.empty(chunk_bytes, dtype=torch.uint8, device=device) for _ in range(count)]
+        memory = device_memory(count, chunk_bytes, device)
         for tensor in memory:
             lanes.load.keep(tensor)
         self._chunks = [_Chunk(tensor) for tensor in memory]

@@ -78,6 +78,18 @@ class HostMemory:
             POOLED.update(sizes)
 
 
+def device_memory(count: int, nbytes: int, device: torch.device) -> list[Tensor]:
+    """`count` chunks of `nbytes` on the device, uint8. Raises `OffloadError` if it has not that much."""
+    try:
+        with torch.inference_mode(False):  # made in inference mode, they could not be written outside of it
+            return [torch.empty(nbytes, dtype=torch.uint8, device=device) for _ in range(count)]
+    except (RuntimeError, TypeError, OverflowError):  # a number that torch cannot hold is a TypeError
+        raise OffloadError(
+            f"{count} chunks of {gibibytes(nbytes)} do not fit on {device}; use smaller or fewer ones (chunk_mib, "
+            "chunks), or fewer rows, whose tokens a chunk must hold"
+        ) from None
+
+
 class Records:
     """What one layer stores of each token: [tokens, rows, record] bytes, row beside row and token behind token.
 

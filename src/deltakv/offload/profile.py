@@ -63,7 +63,7 @@ class Profile:
         for name in TIMINGS:
             timings = getattr(self, name)
             sizes = [timing.size for timing in timings]
-            if not timings or sizes != sorted(set(sizes)) or min(sizes) < 1:
+            if not timings or sizes != sorted(set(sizes)) or min(sizes) < 1 or max(sizes) >= 1 << 63:
                 raise InputError(f"a profile needs measurements of {name!r} in ascending size; measure it again")
             if any(not (math.isfinite(timing.seconds) and timing.seconds > 0) for timing in timings):
                 raise InputError(f"a profile's {name!r} has times that are not above 0; measure it again")
@@ -101,8 +101,9 @@ class Profile:
         os.replace(part, path)
 
     @classmethod
-    def load(cls, path: Path) -> Profile:
-        """Reads what `save` wrote. Raises `InputError` that says what is wrong with the file."""
+    def load(cls, path: Path, dtype: object = None) -> Profile:
+        """Reads what `save` wrote. dtype: torch's, that it must have been measured with. Raises `InputError` that says
+        what is wrong with the file."""
         try:
             data: Any = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
@@ -115,11 +116,17 @@ class Profile:
             for name in TIMINGS:
                 data[name] = tuple(Timing(int(t["size"]), float(t["seconds"])) for t in data[name])
             hidden, kv_heads, head_dim = data.pop("shape")
-            return cls(shape=(int(hidden), int(kv_heads), int(head_dim)), **data)
-        except (KeyError, TypeError, ValueError) as error:
+            found = cls(shape=(int(hidden), int(kv_heads), int(head_dim)), **data)
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             if isinstance(error, InputError):
                 raise
             raise InputError(f"the profile {path} lacks a measurement ({error}); measure it again") from None
+        wanted = str(dtype).removeprefix("torch.")
+        if dtype is not None and found.dtype != wanted:
+            raise InputError(
+                f"the profile {path} was measured in {found.dtype}, but this model computes in {wanted}; measure it so"
+            )
+        return found
 
 
 #: The measurements of a profile, by name.

@@ -235,7 +235,8 @@ class HostRows:
         self._layers[index] = layer
 
     def _ensure(self, longest: int) -> None:
-        """Room in all known layers for rows of that length, or none is taken."""
+        """Room in all known layers for rows of that length. What is seen to be too much is refused before any is taken;
+        if a slab is refused on the way, layers keep what they have got, for next time."""
         wanted = [room for layer in self._layers.values() for room in layer.room(longest)]
         need = sum(records.missing(tokens) for records, tokens in wanted)
         if need:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from deltakv.offload.lanes import Lanes
-from deltakv.offload.memory import Records
+from deltakv.offload.memory import Records, device_memory
 
 #: Chunks on the device: one is filled while the other is copied.
 _CHUNKS = 2
@@ -45,8 +45,7 @@ class Stores:
     def __init__(self, lanes: Lanes, device: torch.device, chunk_bytes: int) -> None:
         self.chunk_bytes = chunk_bytes
         self._lanes, self._device = lanes, device
-        with torch.inference_mode(False):
-            self._chunks = [torch.empty(chunk_bytes, dtype=torch.uint8, device=device) for _ in range(_CHUNKS)]
+        self._chunks = device_memory(_CHUNKS, chunk_bytes, device)
         for chunk in self._chunks:
             lanes.store.keep(chunk)
         self._free: list[Any] = [None] * _CHUNKS

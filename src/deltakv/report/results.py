@@ -51,7 +51,8 @@ def read_results(paths: Sequence[Path]) -> Results:
             raise InputError(f"{path} looks like a result file, but is not whole ({error!r})") from None
         if _size(found) == before:
             raise InputError(f"{path} holds no results of compare, bench, eval, inspect or calibrate that can be drawn")
-        found.sources.append({"file": path.name, "model": data.get("model", ""), "where": _where(data)} | _origin(data))
+        named = {"file": path.name, "model": data.get("model", "")}
+        found.sources += [named | origin for origin in _origins(data)]
     return found
 
 
@@ -124,8 +125,18 @@ def _step_ms(entry: Entry) -> float | None:
     return 1e3 * entry["batch"] / speed if speed else None
 
 
+def _origins(data: Entry) -> list[Entry]:
+    """Where a file's numbers are from: of answers, which may be graded elsewhere, where each method's were given."""
+    made = [row["made"] for row in data["results"]] if data.get("kind") == "eval" else [data]
+    origins = [{"where": _where(one)} | _origin(one) for one in made]
+    shown = [{name: value for name, value in origin.items() if name != "command"} for origin in origins]
+    return [origin for number, origin in enumerate(origins) if shown[number] not in shown[:number]]
+
+
 def _where(data: Entry) -> str:
     device = str(data.get("device", "cpu"))
+    if gpus := (data.get("machine") or {}).get("gpus"):
+        device = str(gpus[0])
     if device in ("cpu", "CPU"):
         machine = data.get("machine") or {}
         device = f"{machine.get('cores', '?')} cores of {machine.get('cpu', 'a CPU')}"

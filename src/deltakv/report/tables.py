@@ -80,6 +80,8 @@ def comparison_table(results: Sequence[dict[str, Any]]) -> Table:
         "attended: tokens a step and row, over all layers · KL: nats, from full attention · "
         "recall: full attention's mass inside the pick, mean of the layers that read a part · peak: a fresh process"
     )
+    if base["decode_tokens_per_s"] and not all(result["decode_tokens_per_s"] for result in results):
+        table.caption += " · no speed: the steps that are timed are over before such a method drops anything"
     table.caption_justify = "left"
     return table
 

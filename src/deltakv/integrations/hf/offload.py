@@ -96,4 +96,4 @@ def has_bus(device: torch.device) -> bool:
 
 def _profile(model: Any, host: Host) -> Profile:
     """Measured rates: a file, or this machine's, which are measured the first time."""
-    return Profile.load(Path(host.profile)) if host.profile is not None else known_or_measured(model)
+    return Profile.load(Path(host.profile), model.dtype) if host.profile is not None else known_or_measured(model)

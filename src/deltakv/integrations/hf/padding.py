@@ -3,9 +3,10 @@
 transformers counts columns: position j of a padded batch. The pool counts a row's real tokens. `Columns` remembers
 which columns hold one, so that a mask can be checked against what is stored, and new tokens find their row.
 
-That is looked at before every step that the host lays out, and is small; so it is in numpy, which does it at once in
-the thread that asks. torch would share it out among all cores, and wait for the last of them: measured, 8 ms for each
-look at 32 x 8,192 columns on a machine that had other work too.
+That is looked at several times before every step that the host lays out, and is small; so it is in numpy, which does it
+at once in the thread that asks. torch would share each look out among all cores, and wait for the last of them:
+measured, 8 ms at 32 x 8,192 columns on a machine that had other work too. (A mask that is given is made bool by torch,
+once, where it lies.)
 """
 
 from __future__ import annotations
