@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,7 @@ def test_the_other_methods_are_calibrated_at_the_same_cost(
     data = json.loads(out.read_text(encoding="utf-8"))
     plan, found = LayerPlan.load(out), parse(f"{name}:plan={out}")
     assert found == deltakv.from_plan(out) and data["settings"]["algorithm"] == name
+    assert found == replace(parse(data["method"]), plan=found.plan), "the file holds all that was found"
     rows = {row["method"]: row["attended_tokens"] for row in data["confirmed"]}
     assert list(rows) == ["full", f"{name}'s own plan", "the paper's settings", "the paper's plan", "calibrated"]
     assert rows["calibrated"] <= rows["the paper's plan"] < rows["full"]
