@@ -65,7 +65,8 @@ def calibrate(
     device: options.Device = "auto",
     threads: options.Threads = None,
 ) -> None:
-    """Finds the layers that should read everything on your model and text, by KL to full attention.
+    """Finds the layers that should read everything on your model and text, under DELTA or another --method, by KL to
+    full attention.
 
     The cost stays what it is: a step attends to no more tokens than under the paper's plan and --budget, or takes its
     attention no more time. Fewer layers that read everything leave more to the others, so the budget is found, too.
