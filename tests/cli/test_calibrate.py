@@ -117,6 +117,7 @@ def test_the_other_methods_are_calibrated_at_the_same_cost(
     rows = {row["method"]: row["attended_tokens"] for row in data["confirmed"]}
     assert list(rows) == ["full", f"{name}'s own plan", "the paper's settings", "the paper's plan", "calibrated"]
     assert rows["calibrated"] <= rows["the paper's plan"] < rows["full"]
+    assert ("4 positions of each piece" in result.out) == found.evicts
     assert f"KL is {data['against_its_own_plan']['kl_share']:.0%} of that of {name}'s own plan" in result.out
     own_picks = found.attends_to_own_pick
     assert len(readers(plan, own_picks)) == 2 and (not own_picks or set(str(plan)) == {"F", "S"})
@@ -131,6 +132,17 @@ def test_the_other_methods_are_calibrated_at_the_same_cost(
         assert [parse(key.split()[0]).plan for key in data["tried"]][:3] == ["SRSSSS", "SSRSSS", "SSSRSS"]
 
 
+@pytest.mark.parametrize("method", ["delta:page_size=32,sinks=32", "quest:page_size=32,recent=32"])
+def test_pages_of_another_size(run: Run, model_folder: str, tmp_path: Path, method: str) -> None:
+    out = tmp_path / "plan.json"
+    words = [*SMALL[:2], "--budget", "96", "--reading", "2", *SMALL[6:], "--method", method]
+    result = run("calibrate", "--model", model_folder, "--out", str(out), *words)
+    assert result.code == 0, result.err
+    assert deltakv.from_plan(out).page_size == 32
+    data = json.loads(out.read_text(encoding="utf-8"))
+    assert data["confirmed"][0]["kl_mean"] < 1e-9 and data["confirmed"][-1]["kl_mean"] > 0
+
+
 def test_settings_that_are_none_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     plan = LayerPlan.from_string("FSRRSR")
@@ -141,7 +153,8 @@ def test_settings_that_are_none_are_refused(tmp_path: Path) -> None:
     plan.save(path, settings={"algorithm": "delta", "window": 3})
     with pytest.raises(ConfigError, match="has no option 'window'"):
         parse(f"delta:plan={path}")
-    assert parse(f"quest:plan={path}").plan == str(path)  # another method's settings say nothing to this one
+    with pytest.raises(PlanError, match=r"calibrated for 'delta', and this is 'quest'.*give the plan's letters"):
+        parse(f"quest:plan={path}")
 
 
 def test_a_plan_for_another_kind_of_model_is_refused(
@@ -180,8 +193,12 @@ def test_a_plan_for_another_kind_of_model_is_refused(
         (["--method", "streaming:window=64"], ["window", "--budget sets"]),
         (["--method", "delta:plan=quest"], ["says plan", "leave it out"]),
         (["--method", "quest:sinks=48"], ["--budget 64 leaves no room", "sinks of quest"]),
-        (["--method", "quest", "--cost", "time"], ["--cost time", "quest", "--cost tokens"]),
-        (["--method", "h2o"], ["--quick 8", "lag=16"]),
+        (["--method", "quest:min_context=0"], ["says min_context", "leave it out"]),
+        (["--method", "quest:sinks=16", "--sinks", "16"], ["--sinks 16", "both say sinks"]),
+        (["--method", "lessismore", "--cost", "time"], ["--cost time", "lessismore", "--cost tokens"]),
+        (["--method", "h2o"], ["8 positions are over", "lag=16", "smaller lag"]),
+        (["--method", "h2o:lag=32", "--quick", "40"], ["32 positions are over", "lag=32"]),
+        (["--method", "delta:page_size=32"], ["sinks=16 is not a multiple of the page size 32"]),
     ],
 )
 def test_refusals(run: Run, model_folder: str, tmp_path: Path, words: list[str], said: list[str]) -> None:

@@ -119,6 +119,10 @@ def test_answers_are_from_where_they_were_given(run: Run, files: list[str], tmp_
     sources = page.read_text(encoding="utf-8").split("Where the numbers are from")[1]
     assert sources.count("a GPU that nobody has") == 2
     assert sources.count("a" * 9) == sources.count("b" * 9) == 1 and "c" * 9 not in sources
+    for broken in (None, {"machine": [1]}, {"versions": "x"}):
+        data["results"][-1]["made"] = broken
+        file.write_text(json.dumps(data), encoding="utf-8")
+        refused(run("report", str(file), "--out", str(page)), "is not whole")
 
 
 def test_a_budget_that_is_no_number_is_left_out(run: Run, files: list[str], tmp_path: Path) -> None:

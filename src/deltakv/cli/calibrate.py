@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from deltakv.cli import options
+from deltakv.cli.calibrated_method import at_budget, base_method, own_plan
 from deltakv.cli.prompts import read_text
 from deltakv.errors import InputError
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from deltakv.bench.layer_times import LayerTimes
-    from deltakv.config import Delta, Method
+    from deltakv.config import Delta
     from deltakv.evals.paid import Paid
 
 COSTS = ("tokens", "time")
@@ -45,7 +46,8 @@ def calibrate(
         int | None,
         typer.Option(
             min=1,
-            help="Layers that read everything, at the paper's plan's cost (default: its number, two more or fewer).",
+            help="Layers that read everything, at the paper's plan's cost (default: its number, two more or fewer; "
+            "where layers pick for themselves, from none to four).",
         ),
     ] = None,
     cost: Annotated[
@@ -77,9 +79,16 @@ def calibrate(
     """
     from deltakv.config import Delta, Full
 
-    base = _base(method, budget, sinks)
+    base = base_method(method, budget, sinks)
     # What sets the cost, and what all is compared with: DELTA with the paper's plan.
-    standard = base if isinstance(base, Delta) else _base(f"delta:page_size={base.page_size}", budget, None)
+    size = base.page_size
+    standard = (
+        base
+        if isinstance(base, Delta)
+        else at_budget(
+            Delta(page_size=size, sinks=max(size, Delta.sinks), recent=128, budget=1 << 30, min_context=0), budget
+        )
+    )
     assert isinstance(standard, Delta)
     state = state if state is not None else out.with_name(out.name + ".state")
     options.check_output(out, state)
@@ -87,15 +96,16 @@ def calibrate(
         raise InputError(f"--cost {cost!r} is not one of {', '.join(COSTS)}")
     if batch is not None and cost != "time":
         raise InputError(f"--batch {batch} belongs to --cost time; attended tokens are a row's own")
-    if cost == "time" and base.attends_to_own_pick:
+    if cost == "time" and base is not standard:
         raise InputError(
-            f"--cost time knows layers that read everything and layers that read a pick of others; those of "
-            f"{base.algorithm} look for themselves first; use --cost tokens"
+            f"--cost time rests on times of DELTA's own picks, not of {base.algorithm}'s; use --cost tokens"
         )
-    if base.evicts and quick <= (lag := getattr(base, "lag", 0)):
+    # A method that evicts reads everything until it does so for the first time.
+    lag: int = getattr(base, "lag", 0)
+    if (fewest := min(quick, positions, confirm_positions)) <= lag:
         raise InputError(
-            f"--quick {quick} positions are over before {base.algorithm} drops anything (lag={lag}); give more, and "
-            f"--positions above that, or a smaller lag (--method {base.algorithm}:lag={base.page_size})"
+            f"{fewest} positions are over before {base.algorithm} drops anything (lag={lag}); give --quick, "
+            "--positions and --confirm-positions of more than that, or a smaller lag"
         )
     longest = max(positions, confirm_positions)
     if longest >= context:
@@ -139,45 +149,53 @@ def calibrate(
         "options": [written(base), context, budget, reading, longest, windows, positions, quick, dtype],
         "cost": cost if cost == "tokens" else [cost, batch or 1, device, threads],
     }
-    tried = Tried(state, depends_on)  # refuses before the model is loaded
+    lengths = (context - longest, context)
+
+    def affordable(times: LayerTimes | None) -> tuple[Paid, list[int]]:
+        paid = Paid(times or AttendedTokens(), known, budget, lengths)
+        readings = paid.readings(base, counts)
+        if readings:
+            return paid, readings
+        why = f"with --budget {budget}{'' if reading is None else f' and --reading {reading}'} nothing would be left "
+        why += f"out, or nothing left to read, at the cost of the paper's plan {known}"
+        if base.attends_to_own_pick and reading is None:
+            raise InputError(
+                f"{why}: what layers of {base.algorithm} look at is too much for it; give a larger --budget"
+            )
+        if times is None:
+            raise InputError(f"{why}; give another --reading, or none")
+        tried.forget()
+        raise InputError(
+            f"{why}: at this size reading less saves no time; give a longer --context, a larger --batch, or --cost "
+            "tokens"
+        )
+
+    # All of this refuses before the model is loaded.
+    tried = Tried(state, depends_on)
+    if cost == "tokens":
+        affordable(None)
     loaded = options.load(model, dtype, device, threads)
     ids = [texts.all_tokens(loaded.tokenizer, content) for _, content in told]
     pieces, unseen = cut(ids, [name for name, _ in told], context, windows)
-    page_size, lengths = base.page_size, (context - longest, context)
     with options.progress() as bars:
         times = None
         if cost == "time":
             advance = _on(bars, bars.add_task("timing attention", total=None))
             said = tried.timed(lambda: _layer_times(loaded.model, standard, lengths, batch or 1, advance).numbers())
             times = LayerTimes.load(said)
-        paid = Paid(times or AttendedTokens(), known, budget, lengths)
-        readings = paid.readings(base, counts)
-        if not readings:
-            tried.forget()
-            why = (
-                f"with --budget {budget}{'' if reading is None else f' and --reading {reading}'} nothing would be left "
-            )
-            why += f"out, or nothing left to read, at the cost of the paper's plan {known}"
-            if base.attends_to_own_pick and reading is None:
-                raise InputError(f"{why}: what its layers look at is too much for it; give a larger --budget")
-            if times is None:
-                raise InputError(f"{why}; give another --reading, or none")
-            raise InputError(
-                f"{why}: at this size reading less saves no time; give a longer --context, a larger --batch, or --cost "
-                "tokens"
-            )
+        paid, readings = affordable(times)
         task = bars.add_task("reading", total=len(pieces) * context)
-        places = [open_window(loaded.model, piece, positions, page_size, _on(bars, task)) for piece in pieces]
+        places = [open_window(loaded.model, piece, positions, size, _on(bars, task)) for piece in pieces]
         task = bars.add_task("search", total=None)
         work = Calibration(loaded.model, base, paid, readings, places, quick, tried, _on(bars, task))
         best = work.run()
         del work, places
         task = bars.add_task("confirming", total=len(unseen) * (context + 4 * confirm_positions))
-        places = [open_window(loaded.model, piece, confirm_positions, page_size, _on(bars, task)) for piece in unseen]
+        places = [open_window(loaded.model, piece, confirm_positions, size, _on(bars, task)) for piece in unseen]
         with_sinks = replace(standard, plan=str(known))
-        own = _own_plan(base, paid)
+        own = own_plan(base, paid)
         compared = {
-            "full": Full(),
+            "full": Full(page_size=size),
             **own,
             "the paper's settings": replace(with_sinks, sinks=0),
             "the paper's plan": with_sinks,
@@ -220,50 +238,14 @@ def calibrate(
         print(f"  {result['method']}: {new_pages_line(result['new_pages'])}")
     chosen = [f"{name} {value}" for name, value in settings(best).items() if name != "algorithm"]
     print(f"plan: {plan}, {', '.join(chosen)}")
+    if lag:
+        print(
+            f"at first, for {lag} positions of each piece, {base.algorithm} reads everything: its row counts them, too"
+        )
     for name, gain in gains.items():
         low, high = gain["interval"]
         print(f"its KL is {gain['kl_share']:.0%} of that of {name} (with 95%: {low:.0%} to {high:.0%})")
     print(f"use it: --method {best.algorithm}:plan={out}")
-
-
-def _base(text: str, budget: int, sinks: int | None) -> Method:
-    """The method that is calibrated, with that budget. Raises `DeltaKVError` subclasses."""
-    from deltakv.methods import option_types, parse
-
-    method = parse(text)
-    if method.at_budget(1 << 20) is None:
-        raise InputError(f"--method {text!r} leaves nothing out, so there is no plan to find; give another method")
-    found = {"plan", "budget", "window"} & {
-        part.partition("=")[0].strip() for part in text.partition(":")[2].split(",")
-    }
-    if found:
-        raise InputError(
-            f"--method {text!r} says {min(found)}, which is found, at the cost that --budget sets; leave it out"
-        )
-    if budget % method.page_size:
-        raise InputError(f"--budget {budget} is not a multiple of the page size {method.page_size}")
-    changes: dict[str, Any] = {"budget": 1 << 30, "min_context": 0, **({} if sinks is None else {"sinks": sinks})}
-    roomy = replace(method, **{name: value for name, value in changes.items() if name in option_types(type(method))})
-    sized = roomy.at_budget(budget // method.page_size)
-    if sized is None:
-        raise InputError(
-            f"--budget {budget} leaves no room beside the sinks of {method.algorithm}: two pages of "
-            f"{method.page_size} tokens at least"
-        )
-    return sized
-
-
-def _own_plan(base: Method, paid: Paid) -> dict[str, Method]:
-    """Another method than DELTA as it is without calibration, at the same cost; nothing, if that cannot be."""
-    from deltakv.config import Delta
-    from deltakv.evals.plan_search import readers
-    from deltakv.plan import Role
-
-    plan = base.layer_plan(paid.depth)
-    if isinstance(base, Delta):
-        return {}
-    sized = paid.reading(base, len(readers(plan, base.attends_to_own_pick)), len(plan.layers(Role.FULL)))
-    return {} if sized is None else {f"{base.algorithm}'s own plan": sized}
 
 
 def _layer_times(model: Any, base: Delta, lengths: tuple[int, ...], batch: int, advance: Any) -> LayerTimes:

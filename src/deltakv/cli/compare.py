@@ -60,7 +60,7 @@ def compare(
     from deltakv.report.tables import comparison_table, print_table
 
     settings = Settings(context=context, batch=batch, positions=positions, steps=steps, memory=memory)
-    hint(check_methods(model, parsed, settings.check), model, parsed)
+    config = check_methods(model, parsed, settings.check)
     loaded = options.load(model, dtype, device, threads)
     text_name = str(text) if text is not None else texts.BUILTIN_NAME
     told = told if told is not None else texts.builtin_text()
@@ -83,6 +83,7 @@ def compare(
     results = [entry.numbers() for entry in entries]
     title = f"{loaded.name} after {context:,} tokens of {text_name}, batch {batch}"
     print_table(comparison_table(results), title)
+    hint(config, model, parsed)
     options.write_json(json_file, {**header, "results": results})
     if plot is not None:
         from deltakv.report.plots import comparison_plot

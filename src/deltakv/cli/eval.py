@@ -105,7 +105,6 @@ def _run(
 
     methods = [(name, options.parse_method(name, model)) for name in names]
     config = check_methods(model, [chosen for _, chosen in methods])
-    hint(config, model, [chosen for _, chosen in methods])
     model_id = evaluation.fingerprint(config)
     loading.find_device(how[1])
     tokenizer = loading.load_tokenizer(loading.locate(model))
@@ -126,6 +125,7 @@ def _run(
         if stop_after == "results":
             assert prepared is not None
             _show(run, prepared, model)
+    hint(config, model, [chosen for _, chosen in methods])
 
 
 def _prepare(settings: Settings, tokenizer: Any, stop_after: str) -> Any:

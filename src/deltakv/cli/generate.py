@@ -56,7 +56,7 @@ def generate(
     if not wanted:
         raise typer.Exit(2)
 
-    hint(check_methods(model, [chosen]), model, [chosen])
+    config = check_methods(model, [chosen])
     loaded = options.load(model, dtype, device, threads)
     from deltakv.bench.provenance import provenance
     from deltakv.evals.generation import Sampling, generate_batch
@@ -87,6 +87,7 @@ def generate(
             print(json.dumps({key: result[key] for key in ("id", "text", "new_tokens")}, ensure_ascii=False))
     else:
         print()
+    hint(config, model, [chosen])
     for run in runs:
         options.say(run.summary())
     options.write_json(

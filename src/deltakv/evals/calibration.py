@@ -136,7 +136,7 @@ class Calibration:
         except ConfigError:
             return None
         pages = method.kept_pages(1 << 40)
-        sized = changed if changed.kept_pages(1 << 40) <= pages else changed.at_budget(pages)
+        sized = changed if changed.kept_pages(1 << 40) == pages else changed.at_budget(pages)
         return sized if sized != method else None
 
     def _begin(self) -> list[LayerPlan]:

@@ -31,7 +31,8 @@ class AttendedTokens:
 @dataclass(frozen=True)
 class Paid:
     """What a step may cost: no more than under `plan` with `budget`. lengths: of a row, the shortest and the longest;
-    it holds at each, and between, for a cost is a straight line there."""
+    it holds at each, and between, for a cost is a straight line there (but for part of a page, where layers pick for
+    themselves)."""
 
     cost: Cost
     plan: LayerPlan

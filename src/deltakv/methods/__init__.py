@@ -97,8 +97,12 @@ def from_options(algorithm: str, options: dict[str, Any], made_for: MadeFor = la
     if options.get("plan") == MEASURED:
         options = {**options, "plan": str(_measured(made_for))}
     settings = load_settings(options.get("plan"))
-    if settings.pop("algorithm", algorithm) == algorithm:
-        options = {**settings, **options}
+    if (found_for := settings.pop("algorithm", algorithm)) != algorithm:
+        raise PlanError(
+            f"the plan file {options['plan']} was calibrated for {found_for!r}, and this is {algorithm!r}, whose "
+            f"layers read other things; use {found_for}:plan=..., or give the plan's letters themselves"
+        )
+    options = {**settings, **options}
     allowed = option_types(config)
     if unknown := sorted(set(options) - set(allowed)):
         raise ConfigError(f"method {algorithm!r} has no option {unknown[0]!r}; allowed are {', '.join(allowed)}")

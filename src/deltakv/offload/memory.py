@@ -83,10 +83,11 @@ def device_memory(count: int, nbytes: int, device: torch.device) -> list[Tensor]
     try:
         with torch.inference_mode(False):  # made in inference mode, they could not be written outside of it
             return [torch.empty(nbytes, dtype=torch.uint8, device=device) for _ in range(count)]
-    except (RuntimeError, TypeError, OverflowError):  # a number that torch cannot hold is a TypeError
+    except (RuntimeError, TypeError, OverflowError) as error:  # a number that torch cannot hold is a TypeError
+        said = " ".join(str(error).split())[:200]
         raise OffloadError(
-            f"{count} chunks of {gibibytes(nbytes)} do not fit on {device}; use smaller or fewer ones (chunk_mib, "
-            "chunks), or fewer rows, whose tokens a chunk must hold"
+            f"{count} chunks of {gibibytes(nbytes)} do not fit on {device} ({said}); use smaller or fewer ones "
+            "(chunk_mib, chunks), or fewer rows, whose tokens a chunk must hold"
         ) from None
 
 

@@ -47,12 +47,12 @@ def read_results(paths: Sequence[Path]) -> Results:
         before = _size(found)
         try:
             _sort_in(data, found)
+            origins = _origins(data)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"{path} looks like a result file, but is not whole ({error!r})") from None
         if _size(found) == before:
             raise InputError(f"{path} holds no results of compare, bench, eval, inspect or calibrate that can be drawn")
-        named = {"file": path.name, "model": data.get("model", "")}
-        found.sources += [named | origin for origin in _origins(data)]
+        found.sources += [{"file": path.name, "model": data.get("model", "")} | origin for origin in origins]
     return found
 
 
