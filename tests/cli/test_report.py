@@ -119,6 +119,15 @@ def test_answers_are_from_where_they_were_given(run: Run, files: list[str], tmp_
     sources = page.read_text(encoding="utf-8").split("Where the numbers are from")[1]
     assert sources.count("a GPU that nobody has") == 2
     assert sources.count("a" * 9) == sources.count("b" * 9) == 1 and "c" * 9 not in sources
+    for row in data["results"]:  # a machine may have a GPU that did not work
+        row["made"] |= {
+            "machine": {"gpus": ["an idle GPU"], "cores": 7, "cpu": "a CPU that nobody has"},
+            "device": "cpu",
+        }
+    file.write_text(json.dumps(data), encoding="utf-8")
+    assert run("report", str(file), "--out", str(page)).code == 0
+    assert "7 cores of a CPU that nobody has" in page.read_text(encoding="utf-8")
+    assert "an idle GPU" not in page.read_text(encoding="utf-8")
     for broken in (None, {"machine": [1]}, {"versions": "x"}):
         data["results"][-1]["made"] = broken
         file.write_text(json.dumps(data), encoding="utf-8")

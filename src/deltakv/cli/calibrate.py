@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from deltakv.cli import options
-from deltakv.cli.calibrated_method import at_budget, base_method, own_plan
+from deltakv.cli.calibrated_method import base_method, own_plan, standard_method
 from deltakv.cli.prompts import read_text
 from deltakv.errors import InputError
 
@@ -77,19 +77,10 @@ def calibrate(
 
     [bold]Example:[/bold] deltakv calibrate --model smollm2 --context 4000 --out smollm2.json
     """
-    from deltakv.config import Delta, Full
+    from deltakv.config import Full
 
     base = base_method(method, budget, sinks)
-    # What sets the cost, and what all is compared with: DELTA with the paper's plan.
-    size = base.page_size
-    standard = (
-        base
-        if isinstance(base, Delta)
-        else at_budget(
-            Delta(page_size=size, sinks=max(size, Delta.sinks), recent=128, budget=1 << 30, min_context=0), budget
-        )
-    )
-    assert isinstance(standard, Delta)
+    standard, size = standard_method(base, budget), base.page_size
     state = state if state is not None else out.with_name(out.name + ".state")
     options.check_output(out, state)
     if cost not in COSTS:
@@ -173,7 +164,7 @@ def calibrate(
     # All of this refuses before the model is loaded.
     tried = Tried(state, depends_on)
     if cost == "tokens":
-        affordable(None)
+        paid, readings = affordable(None)
     loaded = options.load(model, dtype, device, threads)
     ids = [texts.all_tokens(loaded.tokenizer, content) for _, content in told]
     pieces, unseen = cut(ids, [name for name, _ in told], context, windows)
@@ -183,7 +174,7 @@ def calibrate(
             advance = _on(bars, bars.add_task("timing attention", total=None))
             said = tried.timed(lambda: _layer_times(loaded.model, standard, lengths, batch or 1, advance).numbers())
             times = LayerTimes.load(said)
-        paid, readings = affordable(times)
+            paid, readings = affordable(times)
         task = bars.add_task("reading", total=len(pieces) * context)
         places = [open_window(loaded.model, piece, positions, size, _on(bars, task)) for piece in pieces]
         task = bars.add_task("search", total=None)

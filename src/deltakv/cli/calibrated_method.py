@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from deltakv.config import Delta, Method
 from deltakv.errors import InputError
@@ -11,31 +11,42 @@ from deltakv.plan import Role
 if TYPE_CHECKING:
     from deltakv.evals.paid import Paid
 
+M = TypeVar("M", bound=Method)
+
+#: A budget with room for whatever sinks and recent tokens a method is given, before it gets its own.
+ROOMY = 1 << 30
+
 
 def base_method(text: str, budget: int, sinks: int | None) -> Method:
     """The method that is calibrated, with that budget. Raises `DeltaKVError` subclasses."""
-    from deltakv.methods import REGISTRY, option_types, parse
+    from deltakv.methods import REGISTRY, from_options, option_types, read
 
-    algorithm, _, options_ = text.strip().partition(":")
-    given = {part.partition("=")[0].strip() for part in options_.split(",")} - {""}
-    if found := sorted({"plan", "budget", "window", "min_context"} & given):
+    algorithm, given = read(text)
+    if found := sorted({"plan", "budget", "window", "min_context"} & set(given)):
         raise InputError(
             f"--method {text!r} says {found[0]}; plan and budget are found, at the cost that --budget sets, and every "
             "row is sparse meanwhile; leave it out"
         )
     if sinks is not None and "sinks" in given:
         raise InputError(f"--sinks {sinks} and --method {text!r} both say sinks; give one")
-    # Room for whatever it says; its budget comes last.
-    roomy = {"budget": 1 << 30, "min_context": 0, **({} if sinks is None else {"sinks": sinks})}
+    ours = {"budget": ROOMY, "min_context": 0, **({} if sinks is None else {"sinks": sinks})}
     known = option_types(REGISTRY[algorithm]) if algorithm in REGISTRY else {}
-    extra = [f"{name}={value}" for name, value in roomy.items() if name in known]
-    method = parse(f"{algorithm}:{','.join([*filter(None, [options_]), *extra])}")
+    method = from_options(algorithm, given | {name: value for name, value in ours.items() if name in known})
     if method.at_budget(1 << 20) is None:
         raise InputError(f"--method {text!r} leaves nothing out, so there is no plan to find; give another method")
-    return at_budget(method, budget)
+    return _at_budget(method, budget)
 
 
-def at_budget(method: Method, budget: int) -> Method:
+def standard_method(base: Method, budget: int) -> Delta:
+    """What sets the cost, and what all is compared with under the paper's plan: DELTA. Raises `InputError`."""
+    if isinstance(base, Delta):
+        return base
+    size = base.page_size
+    sinks = max(size, Delta.sinks)
+    return _at_budget(Delta(page_size=size, sinks=sinks, budget=ROOMY, min_context=0), budget)
+
+
+def _at_budget(method: M, budget: int) -> M:
     """The method with that budget, in tokens. Raises `InputError` if it is none for it."""
     if budget % method.page_size:
         raise InputError(f"--budget {budget} is not a multiple of the page size {method.page_size}")

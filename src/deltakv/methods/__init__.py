@@ -134,6 +134,11 @@ def parse(text: str, made_for: MadeFor = lambda: None) -> Method:
     Options are the fields of the config: `plan`, and numbers, whole ones unless the field says float. Raises
     `ConfigError` otherwise.
     """
+    return from_options(*read(text), made_for)
+
+
+def read(text: str) -> tuple[str, dict[str, Any]]:
+    """The name and the options of what `parse` takes, for `from_options`. Raises `ConfigError`."""
     algorithm, _, rest = text.strip().partition(":")
     types = option_types(REGISTRY[algorithm]) if algorithm in REGISTRY else {}
     options: dict[str, Any] = {}
@@ -144,7 +149,7 @@ def parse(text: str, made_for: MadeFor = lambda: None) -> Method:
         if name in options:
             raise ConfigError(f"method {text!r} gives the option {name!r} twice")
         options[name] = value if name == "plan" else _number(name, value, types.get(name), text)
-    return from_options(algorithm, options, made_for)
+    return algorithm, options
 
 
 def option_types(config: type[Method]) -> dict[str, Any]:
@@ -178,6 +183,7 @@ __all__ = [
     "marked",
     "option_types",
     "parse",
+    "read",
     "register",
     "selector",
     "window_of",

@@ -129,16 +129,14 @@ def _origins(data: Entry) -> list[Entry]:
     """Where a file's numbers are from: of answers, which may be graded elsewhere, where each method's were given."""
     made = [row["made"] for row in data["results"]] if data.get("kind") == "eval" else [data]
     origins = [{"where": _where(one)} | _origin(one) for one in made]
-    shown = [{name: value for name, value in origin.items() if name != "command"} for origin in origins]
-    return [origin for number, origin in enumerate(origins) if shown[number] not in shown[:number]]
+    return [origin for number, origin in enumerate(origins) if origin not in origins[:number]]
 
 
 def _where(data: Entry) -> str:
-    device = str(data.get("device", "cpu"))
-    if gpus := (data.get("machine") or {}).get("gpus"):
-        device = str(gpus[0])
+    device, machine = str(data.get("device", "cpu")), data.get("machine") or {}
+    if device.startswith("cuda") and machine.get("gpus"):
+        device = str(machine["gpus"][0])
     if device in ("cpu", "CPU"):
-        machine = data.get("machine") or {}
         device = f"{machine.get('cores', '?')} cores of {machine.get('cpu', 'a CPU')}"
     return ", ".join(filter(None, [device, str(data.get("dtype", ""))]))
 
@@ -150,7 +148,6 @@ def _origin(data: Entry) -> Entry:
         "commit": str(data.get("commit") or "")[:9]
         + ("+changes" if str(data.get("commit")).endswith("+changes") else ""),
         "versions": ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers") if versions.get(name)),
-        "command": str(data.get("command", "")),
     }
 
 
